@@ -1,0 +1,54 @@
+"""What a program does when it can't go on: one message for a person, a status for the shell.
+
+Exit status: 0 done, 1 a defect of ours (with a traceback), 2 the user must change something, 128 + n ended by signal n.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from configs.messages import _
+
+
+class UserError(Exception):
+    """Something that the user can put right: the message says what is wrong, where, and what to do next."""
+
+
+class Interrupted(Exception):
+    """The run was asked to end and has put its work away; `signum` is the signal that asked."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def run_main(main: Callable[[list[str]], None]) -> NoReturn:
+    """Call `main` with the command line's arguments and leave with the exit status that its end deserves."""
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        _leave(str(error), 2)
+    except Interrupted as error:
+        _leave(str(error), 128 + error.signum)
+    except KeyboardInterrupt:
+        _leave(_("Stopped."), 128 + signal.SIGINT)
+    except BrokenPipeError:  # `generate.py --prompt … | head` closes our standard output: nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    # Every worker of a torchrun usually meets the same error. Rank 0 speaks for all; torchrun then ends the others.
+    # Another rank speaks only if it is still alive after a while, because then the error was its own.
+    rank = int(os.environ.get("RANK", "0"))
+    if rank != 0:
+        time.sleep(5)
+        message = _("[process {rank}] {message}", rank=rank, message=message)
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(status)

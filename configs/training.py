@@ -1,0 +1,160 @@
+"""Settings of llama_finetuning.py. The names are llama-recipes'; where a default differs, its reason stands beneath."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from configs.datasets import AlpacaDataset
+from configs.fsdp import FsdpConfig
+from configs.messages import _
+from configs.peft import LlamaAdapterConfig, LoraConfig, PrefixConfig
+from configs.quantization import QUANTIZATION_FLAG, Quantization
+
+
+@dataclass
+class TrainingConfig:
+    """Fine-tune a Llama-family model on instruction data: LoRA over a bf16, fp16, int8 or 4-bit base, or full.
+
+    Steps: read the data, load the base model, add the adapter, train, save.
+    """
+
+    model_name: str = "./models/NousResearch/Llama-2-7b-hf"
+    """Folder of the base model, as model_download.py leaves it."""
+    output_dir: str = "output/model"
+    """Folder for the adapter (or the whole model), checkpoints, metrics.jsonl and loss.png."""
+    dataset: Literal["alpaca_dataset"] = "alpaca_dataset"
+    """Form of the data. Differs from llama-recipes (samsum): Alpaca JSON is what people have for Chinese."""
+    alpaca_dataset: AlpacaDataset = field(default_factory=AlpacaDataset)
+
+    use_peft: bool = False
+    """Train a small adapter over the frozen base model; without it all the weights are trained."""
+    peft_method: Literal["lora", "llama_adapter", "prefix"] = "lora"
+    """Which adapter, with --use_peft."""
+    lora_config: LoraConfig = field(default_factory=LoraConfig)
+    llama_adapter_config: LlamaAdapterConfig = field(default_factory=LlamaAdapterConfig)
+    prefix_config: PrefixConfig = field(default_factory=PrefixConfig)
+    freeze_layers: bool = False
+    """Full fine-tuning: leave the first num_freeze_layers decoder layers and the embeddings as they are."""
+    num_freeze_layers: int = 1
+    """How many layers --freeze_layers leaves as they are."""
+
+    quantization: Quantization | None = field(default=None, metadata=QUANTIZATION_FLAG)
+    """Hold the frozen base in fewer bits: alone or 8bit = int8 (half the memory), 4bit = NF4 (a quarter)."""
+    mixed_precision: bool = True
+    """Compute in bf16 (or fp16, --use_fp16); False = fp32 throughout. A CPU always computes in fp32."""
+    use_fp16: bool = False
+    """Compute in fp16 with a gradient scaler instead of bf16: for cards without bf16 (V100, P100, T4)."""
+
+    batch_size_training: int = 4
+    """Examples an optimizer step, for each data-parallel process."""
+    micro_batch_size: int = 0
+    """Examples in one forward pass; 0 = as many as fit, found by measuring. Differs from llama-recipes (4): nobody
+    should have to find it by trial and error. It changes speed and memory, never the result."""
+    num_epochs: int = 3
+    """Passes over the training examples."""
+    max_steps: int = 0
+    """Stop after so many optimizer steps; 0 = after num_epochs."""
+    max_seq_length: int = 1024
+    """Longest example in tokens; longer ones are left out, counted and named, never cut."""
+    num_workers_dataloader: int = 1
+    """Threads that turn text into tokens."""
+
+    lr: float = 1e-4
+    """Highest learning rate."""
+    scheduler: Literal["cosine", "step", "constant"] = "cosine"
+    """Learning rate over the run: cosine = warm-up, then down to a tenth; step = times gamma after each epoch;
+    constant. Differs from llama-recipes (step): cosine loses nothing on long runs and gains on short ones."""
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises from zero (cosine only)."""
+    gamma: float = 0.85
+    """Factor of the learning rate after each epoch (--scheduler step only)."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    gradient_clipping: bool = True
+    """Scale a gradient down whose norm is above gradient_clipping_threshold. Differs from llama-recipes (False): one
+    bad example must not spoil a run."""
+    gradient_clipping_threshold: float = 1.0
+    """Largest norm of the gradient."""
+    seed: int = 42
+    """Fixes the held-out split, the order of the examples, the adapter's first weights and dropout."""
+
+    run_validation: bool = True
+    """Hold examples out of training and report the loss on them after each epoch."""
+    val_set_size: float = 0.05
+    """Examples held out: below 1 a share (200 at most), else their number."""
+    val_batch_size: int = 0
+    """Examples in one forward pass of validation; 0 = as in training. Differs from llama-recipes (1): that is slow."""
+
+    save_model: bool = True
+    """Save the adapter (or the model) at the end; False keeps the metrics alone."""
+    save_steps: int = 0
+    """Optimizer steps between checkpoints; 0 = by time alone, see save_minutes."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints; 0 = by save_steps alone."""
+    keep_checkpoints: int = 2
+    """How many checkpoints are kept; the oldest go first."""
+    save_optimizer: bool = True
+    """Store the optimizer in checkpoints. Differs from llama-recipes (False): without it a run can't be resumed."""
+    resume: str = "auto"
+    """auto = go on from the newest whole checkpoint in output_dir; none = move an old run aside and start anew; or the
+    path of a checkpoint."""
+    accept_changes: bool = False
+    """Resume although a flag or the data changed since the checkpoint was written."""
+    dist_checkpoint_root_folder: str = ""
+    """Another place for checkpoints, such as a larger disk; empty = output_dir."""
+    dist_checkpoint_folder: str = "checkpoints"
+    """Folder of the checkpoints within it."""
+
+    one_gpu: bool = False
+    """Use only the first visible card. Otherwise a single process lays the model over all of them."""
+    enable_fsdp: bool = False
+    """Share weights, gradients and optimizer out among the processes that torchrun starts (torch FSDP2)."""
+    fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
+
+    preview: int = 0
+    """Print the first N training examples as JSON lines with their tokens and labels, and end."""
+    plan: bool = False
+    """Print what the run will take (memory, disk, steps), and end."""
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Where the run's checkpoints lie."""
+        return Path(self.dist_checkpoint_root_folder or self.output_dir) / self.dist_checkpoint_folder
+
+    def problems(self) -> Iterator[str]:
+        """What is out of range, and which settings do not go together."""
+        at_least = {
+            0: "micro_batch_size max_steps lr weight_decay val_set_size val_batch_size save_steps save_minutes preview "
+            "num_freeze_layers warmup_ratio seed",
+            1: "batch_size_training num_epochs num_workers_dataloader keep_checkpoints",
+            8: "max_seq_length",
+        }
+        for least, names in at_least.items():
+            for name in names.split():
+                if getattr(self, name) < least:
+                    yield _(
+                        "--{name} {value}: must be at least {least}", name=name, value=getattr(self, name), least=least
+                    )
+        for name in ("gamma", "gradient_clipping_threshold"):
+            if getattr(self, name) <= 0:
+                yield _("--{name} {value}: must be above 0", name=name, value=getattr(self, name))
+        if self.warmup_ratio > 1:
+            yield _("--warmup_ratio {value}: must be at most 1", value=self.warmup_ratio)
+        if not self.use_peft and self.quantization:
+            yield _(
+                "--quantization {bits} trains no weights of the base model, so it needs an adapter: add --use_peft, "
+                "or leave --quantization out for full fine-tuning",
+                bits=self.quantization,
+            )
+        if self.use_peft and self.freeze_layers:
+            yield _("--freeze_layers is for full fine-tuning: with --use_peft the whole base model is frozen already")
+        if self.use_fp16 and not self.mixed_precision:
+            yield _("--use_fp16 and --mixed_precision False exclude each other: fp16 is the mixed precision")
+        if self.use_peft and self.peft_method == "llama_adapter" and self.quantization:
+            yield _(
+                "--peft_method llama_adapter passes its prompt through the base model's own weights, which PEFT "
+                "can't do over a quantized base: use --peft_method lora, or leave --quantization out"
+            )
+        if self.use_peft and self.peft_method != "lora" and self.enable_fsdp:
+            yield _("--enable_fsdp shards LoRA and full fine-tuning only: use --peft_method lora")

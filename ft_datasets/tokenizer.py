@@ -1,0 +1,155 @@
+"""Text <-> token ids, in training and inference alike.
+
+A folder with a SentencePiece `tokenizer.model` is read by SentencePiece itself, and one with only a `tokenizer.json` by
+the tokenizers library: loading either through transformers gives other tokens for some folders (no BOS where
+tokenizer_config.json is missing, runs of spaces changed where tokenizer.json is missing, digits no longer split where
+the class is GPT2Tokenizer). Special tokens spelled out in a text (`<s>`, `<|im_end|>`) are ordinary characters: what a
+user writes can't end a turn.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from configs.errors import UserError
+from configs.messages import _
+
+
+class _Backend(Protocol):
+    def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def token_to_id(self, token: str) -> int | None: ...
+
+
+class _SentencePiece:
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.vocab_size = self.processor.vocab_size()
+
+    def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        return self.processor.encode(list(texts), num_threads=threads)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        # Ids past the vocabulary are padding of the embedding; control symbols decode to nothing.
+        return self.processor.decode([i for i in ids if i < self.vocab_size])
+
+    def token_to_id(self, token: str) -> int | None:
+        found = self.processor.piece_to_id(token)
+        return found if self.processor.id_to_piece(found) == token else None
+
+
+class _FastTokenizer:
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.tokenizer.encode_special_tokens = True
+
+    def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        return [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.tokenizer.token_to_id(token)
+
+    def added_before(self) -> list[int]:
+        """What the tokenizer's own post-processor puts before a text, such as Llama 3's <|begin_of_text|>."""
+        with_special = self.tokenizer.encode("a", add_special_tokens=True).ids
+        plain = self.tokenizer.encode("a", add_special_tokens=False).ids
+        starts = range(len(with_special) - len(plain) + 1)
+        return with_special[: next(i for i in starts if with_special[i : i + len(plain)] == plain)]
+
+
+class Tokenizer:
+    """The tokenizer of a model folder.
+
+    Attributes:
+        bos_ids: what stands before every text; [] for models without BOS.
+        eos_id: what ends every answer.
+        stop_ids: every id that ends an answer in generation (eos_id among them).
+        fingerprint: a hash over the files that define the tokens.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        sentencepiece_file, fast_file = folder / "tokenizer.model", folder / "tokenizer.json"
+        config = _read_json(folder / "tokenizer_config.json")
+        model_config = _read_json(folder / "config.json")
+        generation = _read_json(folder / "generation_config.json")
+        source = sentencepiece_file if sentencepiece_file.is_file() else fast_file
+        if not source.is_file():
+            raise UserError(
+                _(
+                    "{folder} has no tokenizer: neither tokenizer.model nor tokenizer.json is there. Take them from "
+                    "the repository that the model came from.",
+                    folder=folder,
+                )
+            )
+        self._backend: _Backend
+        try:
+            self._backend = _SentencePiece(source) if source is sentencepiece_file else _FastTokenizer(source)
+        except Exception as error:  # sentencepiece and tokenizers raise types of their own for a broken file
+            raise UserError(_("{file} can't be read as a tokenizer ({error}).", file=source, error=error)) from error
+
+        eos_of_model = _as_list(generation.get("eos_token_id")) or _as_list(model_config.get("eos_token_id"))
+        self.eos_id = self._special_id(config, "eos_token", "</s>", eos_of_model)
+        self.eos_token = self._token_text(config, "eos_token", "</s>")
+        self.stop_ids = frozenset([self.eos_id, *eos_of_model])
+        if isinstance(self._backend, _FastTokenizer):
+            self.bos_ids = self._backend.added_before()
+        elif config.get("add_bos_token", True):
+            self.bos_ids = [self._special_id(config, "bos_token", "<s>", _as_list(model_config.get("bos_token_id")))]
+        else:
+            self.bos_ids = []
+        self.bos_token = self._token_text(config, "bos_token", "<s>") if self.bos_ids else ""
+        digest = hashlib.sha256(source.read_bytes())
+        digest.update(json.dumps([self.bos_ids, self.eos_id]).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text` after BOS: what a model is given."""
+        return self.bos_ids + self._backend.encode([text], 1)[0]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """As `encode`, for many texts."""
+        return [self.bos_ids + ids for ids in self._backend.encode(texts, threads)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without special tokens."""
+        return self._backend.decode(ids)
+
+    def _special_id(self, config: dict[str, Any], name: str, usual: str, of_model: list[int]) -> int:
+        found = self._backend.token_to_id(self._token_text(config, name, usual))
+        if found is not None:
+            return found
+        if of_model:
+            return of_model[0]
+        raise UserError(
+            _("The tokenizer names no {name}: neither tokenizer_config.json nor config.json gives one.", name=name)
+        )
+
+    @staticmethod
+    def _token_text(config: dict[str, Any], name: str, usual: str) -> str:
+        token = config.get(name) or usual
+        return token["content"] if isinstance(token, dict) else token
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(_("{file} is not readable JSON ({error}).", file=path, error=error)) from error

@@ -1,0 +1,175 @@
+"""The generation engine: one stream of text for the terminal and the API alike."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from configs.errors import UserError
+from configs.inference import Sampling
+from configs.messages import _
+from ft_datasets.prompt import PromptTemplate, Turn
+from ft_datasets.tokenizer import Tokenizer
+from inference.detokenizer import IncrementalDecoder, StopText
+from utils.adapters import learnt_prefix
+from utils.attention import KeyValueCache
+from utils.llama import causal_lm, forward_hidden, logits
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class PromptTooLong(UserError):
+    """The prompt does not fit in the model's context."""
+
+
+@dataclass
+class Statistics:
+    """What an answer took; filled in while it is streamed.
+
+    Attributes:
+        prompt_tokens, new_tokens: tokens in and out.
+        seconds: from the first new token to the last.
+        finish_reason: stop = the model ended its answer, length = max_new_tokens or the context did.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    seconds: float = 0.0
+    finish_reason: FinishReason = "stop"
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of decoding, the prompt not counted."""
+        return (self.new_tokens - 1) / self.seconds if self.seconds and self.new_tokens > 1 else 0.0
+
+
+class Engine:
+    """A loaded model that answers prompts, one at a time.
+
+    Args:
+        model: base model, with or without an adapter, in eval mode.
+        tokenizer: the model's.
+        template: the prompt that it was trained on.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, template: PromptTemplate) -> None:
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.context = causal_lm(model).config.max_position_embeddings
+        self.device = causal_lm(model).get_input_embeddings().weight.device
+
+    def encode_chat(self, prompt: str, history: Sequence[Turn] = ()) -> list[int]:
+        """The ids of a prompt after the earlier turns.
+
+        Raises:
+            PromptTooLong: they leave no room for an answer in the model's context.
+        """
+        ids = self.tokenizer.encode(self.template.render(prompt, history=history))
+        if len(ids) >= self.context:
+            raise PromptTooLong(
+                _(
+                    "The question, with what was said before, takes {tokens} tokens; this model's context has "
+                    "{context}.",
+                    tokens=len(ids),
+                    context=self.context,
+                )
+            )
+        return ids
+
+    def recent_turns(self, prompt: str, history: Sequence[Turn], room: int) -> list[Turn]:
+        """The latest turns of `history` that leave `room` tokens for the answer (half the context at most)."""
+        room = min(room, self.context // 2)
+        for first in range(len(history) + 1):
+            turns = list(history[first:])
+            if len(self.tokenizer.encode(self.template.render(prompt, history=turns))) + room <= self.context:
+                return turns
+        return []
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        statistics: Statistics | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[str]:
+        """Yield an answer's text as it is generated; whole characters only.
+
+        Args:
+            prompt_ids: see `encode_chat`.
+            statistics: is filled in.
+            cancel: ends the answer early once it is set.
+        """
+        statistics = statistics or Statistics()
+        statistics.prompt_tokens = len(prompt_ids)
+        decoder, stop_text = IncrementalDecoder(self.tokenizer), StopText(self.template.stop_text)
+        limit = min(sampling.max_new_tokens, self.context - len(prompt_ids))
+        started = 0.0
+        statistics.finish_reason = "length"
+        for token_id in self._tokens(prompt_ids, sampling, limit):
+            statistics.seconds = time.perf_counter() - started if started else 0.0
+            started = started or time.perf_counter()
+            statistics.new_tokens += 1
+            if token_id in self.tokenizer.stop_ids:
+                statistics.finish_reason = "stop"
+                break
+            if piece := stop_text.push(decoder.push(token_id)):
+                yield piece
+            if stop_text.found:
+                statistics.finish_reason = "stop"
+                break
+            if cancel is not None and cancel.is_set():
+                statistics.finish_reason = "cancelled"
+                break
+        if piece := stop_text.push(decoder.finish()) + stop_text.finish():
+            yield piece
+
+    def _tokens(self, prompt_ids: Sequence[int], sampling: Sampling, limit: int) -> Iterator[int]:
+        """The generated ids, one after another."""
+        generator = torch.Generator(self.device)
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
+        prefix = learnt_prefix(self.model)
+        cache = KeyValueCache((prefix.length if prefix else 0) + len(prompt_ids) + limit, prefix)
+        seen = torch.zeros(causal_lm(self.model).config.vocab_size, dtype=torch.bool, device=self.device)
+        new_ids = torch.tensor(prompt_ids, dtype=torch.int64, device=self.device)
+        for _position in range(limit):
+            seen[new_ids] = True
+            positions = torch.arange(cache.length, cache.length + len(new_ids), device=self.device)
+            hidden = forward_hidden(self.model, new_ids, positions, past=cache)
+            cache.length += len(new_ids)
+            scores = logits(self.model, hidden[-1:])[0].to(self.device)
+            new_ids = choose(scores, seen, sampling, generator)
+            yield int(new_ids)
+
+
+def choose(scores: torch.Tensor, seen: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
+    """Choose the next token; penalty, temperature, top_k and top_p are applied in transformers' order.
+
+    Args:
+        scores: [vocab_size], fp32; changed.
+        seen: [vocab_size], bool: tokens that have occurred.
+
+    Returns:
+        The chosen id, shape [1].
+    """
+    if sampling.repetition_penalty != 1.0:
+        penalised = torch.where(scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty)
+        scores = torch.where(seen, penalised, scores)
+    if sampling.temperature == 0:
+        return scores.argmax(dim=0, keepdim=True)
+    scores = scores / max(sampling.temperature, 1e-4)
+    if 0 < sampling.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = scores.sort(descending=True)
+        probabilities = ordered.softmax(dim=0)
+        # A token goes if those before it already have the probability; the first one always stays.
+        beyond = probabilities.cumsum(dim=0) - probabilities >= sampling.top_p
+        scores = scores.masked_fill(torch.zeros_like(beyond).scatter_(0, order, beyond), -torch.inf)
+    return torch.multinomial(scores.softmax(dim=0), 1, generator=generator)

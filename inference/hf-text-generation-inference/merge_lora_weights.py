@@ -1,0 +1,49 @@
+"""Merge a LoRA adapter into its base model, for serving with TGI, vLLM or transformers.
+
+    python inference/hf-text-generation-inference/merge_lora_weights.py \
+      --base_model ./models/NousResearch/Llama-2-7b-hf --peft_model output/model --output_dir output/merged_model_output
+
+Works tensor by tensor: memory holds one shard of the merged model at a time, whatever the model's size, and no GPU is
+needed. The sum W + scale * B A is formed in fp32 and rounded once.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from configs.command_line import parse
+from configs.errors import run_main
+from configs.inference import MergeConfig
+from configs.messages import _
+from ft_datasets.tokenizer import Tokenizer
+from utils.adapters import check_adapter_folder, check_belongs
+from utils.model_folder import ModelFolder
+
+
+def main(argv: list[str]) -> None:
+    """Check that base and adapter belong together, then merge."""
+    config = parse(MergeConfig, argv)
+    adapter, output = Path(config.peft_model), Path(config.output_dir)
+    base = ModelFolder(config.base_model)
+    check_adapter_folder(adapter)
+    template = check_belongs(adapter, base, Tokenizer(base.path))
+
+    from utils.quiet import quiet_libraries
+
+    quiet_libraries()
+    from utils.merging import merge
+
+    print(_("Merging {adapter} into {base} …", adapter=adapter, base=base.path), flush=True)
+    size = merge(base, adapter, output, template, config.shard_gb, config.quantization)
+    print(
+        _(
+            "Done: {folder} ({size} GB). Talk to it:  python generate.py --base_model {folder} --lora_weights ''",
+            folder=output,
+            size=f"{size / 1e9:.2f}",
+        )
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,43 @@
+"""Base model + adapter -> an engine that is ready to answer."""
+
+from pathlib import Path
+
+from configs.quantization import Quantization
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
+from inference.engine import Engine
+from utils.adapters import check_adapter_folder, check_belongs, load_adapter, read_training_config
+from utils.model_folder import ModelFolder
+
+
+def load_engine(base_model: str, lora_weights: str, quantization: Quantization | None) -> Engine:
+    """Load a model for chat or serving, with the prompt template that it was trained on.
+
+    The same arithmetic as in training: a quantised base computes here what it computed there.
+
+    Raises:
+        UserError: a folder is missing or wrong, or the adapter belongs to another base model.
+    """
+    base = ModelFolder(base_model)
+    adapter = Path(lora_weights) if lora_weights else None
+    if adapter:
+        check_adapter_folder(adapter)
+    tokenizer = Tokenizer(base.path)
+    if adapter:
+        template = check_belongs(adapter, base, tokenizer)
+    else:
+        described = read_training_config(base.path)
+        template = PromptTemplate(**described["prompt_template"]) if described else PromptTemplate()
+
+    import torch
+
+    from utils.llama import load_base_model
+    from utils.precision import half_precision
+
+    count = torch.cuda.device_count()
+    devices = [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+    dtype, _reason = half_precision(devices[0])
+    model = load_base_model(base, dtype, devices, quantization)
+    if adapter:
+        model = load_adapter(model, adapter, dtype)
+    return Engine(model, tokenizer, template)

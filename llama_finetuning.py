@@ -1,0 +1,116 @@
+"""Fine-tune a Llama-family model on your own data.
+
+LoRA over an int8 base, one process, the model laid over both cards:
+    CUDA_VISIBLE_DEVICES=1,2 torchrun --nnodes 1 --nproc_per_node 1 llama_finetuning.py --use_peft --peft_method lora \
+      --model_name ./models/NousResearch/Llama-2-7b-hf --use_fp16 --output_dir output/model --dataset alpaca_dataset \
+      --batch_size_training 40 --num_epochs 3 --quantization
+Data parallel, a process for each card:
+    torchrun --nnodes 1 --nproc_per_node 2 llama_finetuning.py --use_peft …
+Full fine-tuning, sharded:
+    torchrun --nnodes 1 --nproc_per_node 2 llama_finetuning.py --enable_fsdp …
+See what the model will see:
+    python llama_finetuning.py --preview 3
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.command_line import parse
+from configs.errors import run_main
+from configs.messages import _
+from configs.training import TrainingConfig
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
+from utils.data import load_data
+from utils.model_folder import ModelFolder
+
+if TYPE_CHECKING:
+    from utils.distributed import World
+
+
+def main(argv: list[str]) -> None:
+    """Check the settings and the base model, then preview, plan or train."""
+    config = parse(TrainingConfig, argv)
+    folder = ModelFolder(config.model_name)
+    tokenizer, template = Tokenizer(folder.path), PromptTemplate()
+    if config.preview:
+        preview(config, tokenizer, template)
+    elif config.plan:
+        from utils.plan import print_plan
+
+        print_plan(config, folder, load_data(config, tokenizer, template, report=print))
+    else:
+        from utils.distributed import joined_world
+        from utils.quiet import quiet_libraries
+
+        quiet_libraries()
+        with joined_world(config.one_gpu) as world:
+            fine_tune(config, world, folder, tokenizer, template)
+
+
+def fine_tune(
+    config: TrainingConfig, world: "World", folder: ModelFolder, tokenizer: Tokenizer, template: PromptTemplate
+) -> None:
+    """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
+    from utils import report
+    from utils.adapters import add_adapter, prepare_full
+    from utils.distributed import check_ranks_agree, decide_on_main
+    from utils.llama import load_base_model
+    from utils.metrics import Metrics, draw_losses
+    from utils.precision import choose_precision
+    from utils.run_folder import find_start, hold_folder
+    from utils.saving import describe_run, save_result, write_training_config
+    from utils.sharding import whole_state
+    from utils.training import Trainer
+
+    say = report.speaker(world)
+    output = Path(config.output_dir)
+    decide_on_main(world, lambda: hold_folder(output))
+    say(_("Reading {file} …", file=config.alpaca_dataset.data_path))
+    data = load_data(config, tokenizer, template, say)
+    fingerprints = {
+        "data": data.fingerprint(),
+        "base_model": decide_on_main(world, folder.fingerprint),
+        "tokenizer": tokenizer.fingerprint,
+        "prompt_template": repr(template),
+    }
+    start = decide_on_main(world, lambda: find_start(config, world.size, len(data.training), fingerprints))
+    check_ranks_agree(start.identity)
+    report.start_notes(start, output, say)
+    if start.is_finished:
+        return
+
+    precision = choose_precision(world.device, config)
+    say(_("Loading {folder} …", folder=folder.path))
+    model = load_base_model(folder, precision.weights, world.devices, config.quantization)
+    model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)
+
+    trainer = Trainer(config, world, model, precision, data, start)
+    report.before_first_step(trainer, data, say)
+    description = describe_run(config, tokenizer, template, fingerprints["base_model"])
+    if world.is_main:
+        write_training_config(output, description)
+    metrics = Metrics(output, world.is_main, trainer.done)
+    trainer.run(metrics)
+    metrics.close()
+
+    state = whole_state(trainer.parameters, world.is_main)
+    if world.is_main:
+        draw_losses(output)
+        if config.save_model:
+            description["trained_steps"] = trainer.done
+            save_result(config, model, state, description, report.model_card(trainer, output))
+    report.after_last_step(trainer, output, say)
+
+
+def preview(config: TrainingConfig, tokenizer: Tokenizer, template: PromptTemplate) -> None:
+    """Print training examples as JSON lines: what the model is given, and where loss is taken."""
+    data = load_data(config, tokenizer, template, report=lambda _message: None)
+    for example in data.training[: config.preview]:
+        row = {"text": example.text, "input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()}
+        print(json.dumps(row, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,206 @@
+"""The trainable part of a model: put over a base model, and loaded again for use (utils/saving.py writes it)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.errors import UserError
+from configs.messages import _
+from configs.peft import ALL_LINEAR
+from configs.training import TrainingConfig
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
+from utils.attention import Prefix
+from utils.llama import causal_lm
+from utils.model_folder import ADAPTER_CONFIG, ModelFolder
+
+TRAINING_CONFIG = "training_config.json"
+
+
+def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
+    """Put the chosen PEFT adapter over the frozen model; its weights are fp32.
+
+    Raises:
+        UserError: the adapter does not fit this model.
+    """
+    import peft
+
+    torch.manual_seed(config.seed)
+    layers = len(causal_lm(model).model.layers)
+    if config.peft_method == "lora":
+        settings = config.lora_config
+        targets = settings.target_modules
+        _check_targets(model, targets)
+        peft_config: Any = peft.LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
+            task_type="CAUSAL_LM",
+        )
+    elif config.peft_method == "llama_adapter":
+        if model.config.model_type not in ("llama", "mistral"):
+            raise UserError(
+                _(
+                    "--peft_method llama_adapter: PEFT has it for llama and mistral models, not for {type}. "
+                    "Use --peft_method lora.",
+                    type=model.config.model_type,
+                )
+            )
+        settings = config.llama_adapter_config
+        peft_config = peft.AdaptionPromptConfig(
+            adapter_len=settings.adapter_len,
+            adapter_layers=min(settings.adapter_layers, layers),
+            task_type="CAUSAL_LM",
+        )
+    else:
+        peft_config = peft.PrefixTuningConfig(
+            num_virtual_tokens=config.prefix_config.num_virtual_tokens, task_type="CAUSAL_LM"
+        )
+    adapted = peft.get_peft_model(model, peft_config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def _check_targets(model: nn.Module, targets: list[str]) -> None:
+    linears = {name.rpartition(".")[2] for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = sorted(set(targets) - linears - {ALL_LINEAR})
+    if unknown:
+        raise UserError(
+            _(
+                "--lora_config.target_modules: this model has no linear layer named {names}; it has {known}.",
+                names=", ".join(unknown),
+                known=", ".join(sorted(linears)),
+            )
+        )
+
+
+def prepare_full(model: nn.Module, config: TrainingConfig) -> nn.Module:
+    """Make all weights trainable, but for the layers that --freeze_layers keeps."""
+    layers = model.model.layers
+    if config.freeze_layers and config.num_freeze_layers >= len(layers):
+        raise UserError(
+            _(
+                "--num_freeze_layers {count}: the model has {layers} layers, so nothing would be left to train.",
+                count=config.num_freeze_layers,
+                layers=len(layers),
+            )
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    if config.freeze_layers:
+        for module in [model.get_input_embeddings(), *layers[: config.num_freeze_layers]]:
+            module.requires_grad_(False)
+    return model
+
+
+def learnt_prefix(model: nn.Module) -> Prefix | None:
+    """The keys and values that prefix tuning puts before every example; None for other adapters."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning or config.is_adaption_prompt:
+        return None
+    cache = model.get_prompt(batch_size=1)
+    devices = [layer.input_layernorm.weight.device for layer in causal_lm(model).model.layers]
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    return Prefix([(k.to(device), v.to(device)) for (k, v), device in zip(pairs, devices, strict=True)])
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, in a fixed order, each shared one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Put a saved adapter over a base model, for inference, in `dtype`.
+
+    Raises:
+        UserError: the folder holds no adapter, or one for a model of another shape.
+    """
+    import peft
+
+    check_adapter_folder(folder)
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError, OSError, KeyError) as error:  # PEFT's own words for shapes that differ
+        raise UserError(
+            _(
+                "The adapter in {folder} does not fit this base model:\n  {error}\nGive the base model that it was "
+                "trained on.",
+                folder=folder,
+                error=str(error).strip().split("\n")[0],
+            )
+        ) from error
+    for parameter in adapted.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+    return adapted.eval()
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Refuse a folder that holds no adapter, saying what it holds instead."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return
+    if (folder / "config.json").is_file():
+        raise UserError(
+            _(
+                "{folder} holds a whole model, not an adapter. Use it as the base: --base_model {folder} "
+                "--lora_weights ''",
+                folder=folder,
+            )
+        )
+    raise UserError(
+        _(
+            "There is no adapter in {folder} (no {file}). Train one with llama_finetuning.py --output_dir {folder}, "
+            "give the folder that holds it, or --lora_weights '' for the base model alone.",
+            folder=folder,
+            file=ADAPTER_CONFIG,
+        )
+    )
+
+
+def read_training_config(folder: Path) -> dict[str, Any] | None:
+    """A folder's training_config.json; None for adapters and models made elsewhere.
+
+    Raises:
+        UserError: the file is there and broken.
+    """
+    path = folder / TRAINING_CONFIG
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(_("{file} is not readable JSON ({error}).", file=path, error=error)) from error
+
+
+def check_belongs(adapter_folder: Path, base: ModelFolder, tokenizer: Tokenizer) -> PromptTemplate:
+    """The template that an adapter was trained with, once it is clear that base model and tokenizer are its own.
+
+    Raises:
+        UserError: another base model or another tokenizer.
+    """
+    described = read_training_config(adapter_folder)
+    if described is None:
+        return PromptTemplate()
+    trained_on = described["settings"]["model_name"]
+    if described["tokenizer_fingerprint"] != tokenizer.fingerprint:
+        what = _("another tokenizer")
+    elif described["base_model_fingerprint"] != base.fingerprint():
+        what = _("another base model")
+    else:
+        return PromptTemplate(**described["prompt_template"])
+    raise UserError(
+        _(
+            "The adapter in {adapter} was trained with {what} than {base} has: it was trained on {trained_on}. Give "
+            "that model with --base_model.",
+            adapter=adapter_folder,
+            what=what,
+            base=base.path,
+            trained_on=trained_on,
+        )
+    )

@@ -1,0 +1,166 @@
+"""Attention over packed sequences, and the key-value cache of generation.
+
+Several examples lie one after another in one row; none may see another. `packed_attention` has the signature of
+transformers' attention functions and is registered under the name PACKED. On GPUs that have it, torch's variable-length
+flash attention does all examples at once; elsewhere plain scaled_dot_product_attention takes them one by one.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+PACKED = "packed"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the examples of one packed row lie: their lengths, in order; they fill the row."""
+
+    lengths: Sequence[int]
+    device: torch.device
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """Start of each segment, and the row's end."""
+        bounds = [0]
+        for length in self.lengths:
+            bounds.append(bounds[-1] + length)
+        return bounds
+
+    @cached_property
+    def cumulative(self) -> torch.Tensor:
+        """`bounds` as a tensor, int32, shape [segments + 1]."""
+        return torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
+
+
+class PastKeyValues(Protocol):
+    """Keys and values from before the row: what packed_attention asks of a cache."""
+
+    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Past and given keys and values of a layer together, each [1, kv_heads, past + length, head_dim]."""
+        ...
+
+
+class Prefix:
+    """Learnt keys and values (prefix tuning) before every segment; one (key, value) a layer."""
+
+    def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.layers = layers
+        self.length = layers[0][0].shape[2]
+
+    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See PastKeyValues."""
+        past_key, past_value = self.layers[layer]
+        return torch.cat((past_key.to(key), key), dim=2), torch.cat((past_value.to(value), value), dim=2)
+
+
+class KeyValueCache:
+    """Room for `capacity` positions of one sequence, written in place."""
+
+    def __init__(self, capacity: int, prefix: Prefix | None = None) -> None:
+        self.capacity, self.prefix = capacity, prefix
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.length = prefix.length if prefix else 0
+        """Positions that are filled; the caller advances it after each forward pass."""
+
+    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See PastKeyValues."""
+        if layer not in self.layers:
+            heads, head_dim = key.shape[1], key.shape[3]
+            keys, values = (key.new_empty(1, heads, self.capacity, head_dim) for _ in range(2))
+            if self.prefix:
+                past_key, past_value = self.prefix.layers[layer]
+                keys[:, :, : self.length], values[:, :, : self.length] = past_key, past_value
+            self.layers[layer] = keys, values
+        keys, values = self.layers[layer]
+        end = self.length + key.shape[2]
+        keys[:, :, self.length : end], values[:, :, self.length : end] = key, value
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Segments | None = None,
+    past: PastKeyValues | None = None,
+    **_kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each segment (without segments, the whole row is one), after what `past` holds.
+
+    Args:
+        query: [1, heads, length, head_dim]; key and value have kv_heads in place of heads.
+
+    Returns:
+        [1, length, heads, head_dim], and None in the place of attention weights.
+    """
+    length = query.shape[2]
+    if past is not None:
+        key, value = past.extend(module.layer_idx, key, value)
+    past_length = key.shape[2] - length
+    if segments is not None and past_length == 0 and _has_varlen(query):
+        return _varlen(query, key, value, segments, scaling), None
+
+    bounds = segments.bounds if segments is not None else [0, length]
+    outputs = []
+    for start, end in itertools.pairwise(bounds):
+        keys, values = (
+            key[:, :, past_length + start : past_length + end],
+            value[:, :, past_length + start : past_length + end],
+        )
+        mask = None
+        if past_length:
+            keys = torch.cat((key[:, :, :past_length], keys), dim=2)
+            values = torch.cat((value[:, :, :past_length], values), dim=2)
+            if end - start > 1:
+                shape = (end - start, past_length + end - start)
+                mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(past_length)
+        outputs.append(
+            scaled_dot_product_attention(
+                query[:, :, start:end],
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=past_length == 0 and end - start > 1,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _has_varlen(query: torch.Tensor) -> bool:
+    """Flash attention over variable lengths needs Ampere or newer and half precision."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key.to(query.dtype), value.to(query.dtype)))
+    bounds, longest = segments.cumulative, max(segments.lengths)
+    # A window of (-1, 0) is causal attention: everything before, nothing after.
+    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+    return output.unsqueeze(0)
+
+
+def register() -> None:
+    """Make the name PACKED known to transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, packed_attention)

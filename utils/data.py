@@ -1,0 +1,43 @@
+"""The data file as the examples of a run."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from configs.training import TrainingConfig
+from ft_datasets.alpaca_dataset import Example, encode_records, load_records, split_examples
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples to learn from, and examples that are only measured on (none without --run_validation)."""
+
+    training: list[Example]
+    held_out: list[Example]
+
+    def fingerprint(self) -> str:
+        """A hash over the training examples' tokens and labels, in order."""
+        digest = hashlib.sha256()
+        for example in self.training:
+            digest.update(example.input_ids.tobytes())
+            digest.update(example.prompt_length.to_bytes(4, "little"))
+        return digest.hexdigest()
+
+
+def load_data(
+    config: TrainingConfig, tokenizer: Tokenizer, template: PromptTemplate, report: Callable[[str], None]
+) -> Data:
+    """Read, check, tokenise and split the data file.
+
+    Raises:
+        UserError: see load_records and encode_records.
+    """
+    records = load_records(config.alpaca_dataset.data_path)
+    examples = encode_records(
+        records, tokenizer, template, config.max_seq_length, report, config.num_workers_dataloader
+    )
+    if not config.run_validation:
+        return Data(examples, [])
+    return Data(*split_examples(examples, config.val_set_size, config.seed))

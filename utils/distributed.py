@@ -1,0 +1,191 @@
+"""The processes of one run: who they are, what they share, and how they end together."""
+
+import contextlib
+import datetime
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from configs.errors import UserError
+from configs.messages import _
+
+Result = TypeVar("Result")
+
+BUCKET_BYTES = 64 * 2**20
+"""Gradients are summed across processes in pieces of about this size."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that torchrun started (one, without torchrun).
+
+    Attributes:
+        devices: what this process computes on; several cards only where it is the only process.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    devices: list[torch.device]
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.devices[0]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+
+def start_world(one_gpu: bool) -> World:
+    """Join the other processes, if there are any, and choose this one's devices."""
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    _end_with_parent()
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if size > 1 or one_gpu:
+            devices = [torch.device("cuda", local_rank % count)]
+        else:
+            devices = [torch.device("cuda", index) for index in range(count)]
+        torch.cuda.set_device(devices[0])
+    else:
+        devices = [torch.device("cpu")]
+    if size > 1:
+        # Half an hour: another rank may be hashing or loading from a slow disk meanwhile.
+        backend = "nccl" if devices[0].type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    return World(rank, local_rank, size, devices)
+
+
+def _end_with_parent() -> None:
+    """End this worker when its torchrun has died, which would otherwise leave it running, holding the card.
+
+    torchrun starts workers in sessions of their own, so killing torchrun tells them nothing.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-torchrun").start()
+
+
+@contextlib.contextmanager
+def joined_world(one_gpu: bool) -> Iterator[World]:
+    """The world for the length of a run."""
+    world = start_world(one_gpu)
+    try:
+        yield world
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_across(values: Sequence[float], device: torch.device) -> list[float]:
+    """Sum each value over all processes."""
+    if not dist.is_initialized():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def same_on_all(text: str) -> list[str]:
+    """What each process passed, in the order of ranks."""
+    if not dist.is_initialized():
+        return [text]
+    gathered: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, text)
+    return [str(item) for item in gathered]
+
+
+def check_ranks_agree(settings: dict[str, object]) -> None:
+    """Refuse a run whose processes were given different settings or different data, naming the differences.
+
+    Raises:
+        UserError: on every process.
+    """
+    gathered: list[dict[str, object]] = [settings]
+    if dist.is_initialized():
+        gathered = [{} for _rank in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, settings)
+    differing = [name for name in gathered[0] if any(other.get(name) != gathered[0][name] for other in gathered)]
+    if differing:
+        lines = [f"  {name}: " + ", ".join(str(other.get(name)) for other in gathered) for name in differing]
+        raise UserError(
+            "\n".join([_("The processes of this run disagree (one value for each process, in order):"), *lines])
+        )
+
+
+def from_main(value: Result) -> Result:
+    """The value that rank 0 passed, on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def decide_on_main(world: World, decide: Callable[[], Result]) -> Result:
+    """Call `decide` on rank 0 alone; what it returns, or the UserError that it raises, reaches every process."""
+    result: Result | None = None
+    error: UserError | None = None
+    if world.is_main:
+        try:
+            result = decide()
+        except UserError as failure:
+            error = failure
+    result, error = from_main((result, error))
+    if error is not None:
+        raise error
+    return result
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum gradients over all processes, in buckets that never change.
+
+    DistributedDataParallel rebuilds its buckets after the first step, so that a resumed run would add in another order
+    than the run that was never stopped; here the sums are the same bit by bit.
+    """
+    if not dist.is_initialized():
+        return
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for parameter in parameters:
+        assert parameter.grad is not None, "a trainable parameter without a gradient"
+        bucket.append(parameter.grad)
+        size += parameter.grad.nbytes
+        if size >= BUCKET_BYTES:
+            _sum_bucket(bucket)
+            bucket, size = [], 0
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(gradients: list[torch.Tensor]) -> None:
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    pieces = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, piece in zip(gradients, pieces, strict=True):
+        gradient.copy_(piece.view_as(gradient))

@@ -1,0 +1,66 @@
+"""Cross-entropy on the labelled positions alone, in chunks, so that the full logits never exist."""
+
+from typing import Any
+
+import torch
+
+CHUNK = 1024
+"""Rows of logits in memory at a time; a large vocabulary takes 150,000 numbers a row."""
+
+
+class _LabelledCrossEntropy(torch.autograd.Function):
+    """The gradient of the loss is known as soon as the logits are, so it is computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        train_hidden, train_weight = ctx.needs_input_grad[:2]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if train_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train_weight else None
+        compute_weight = weight.to(hidden.dtype)
+        for start in range(0, hidden.shape[0], CHUNK):
+            rows, target = hidden[start : start + CHUNK], labels[start : start + CHUNK, None]
+            logits = (rows @ compute_weight.t()).float()
+            log_total = logits.logsumexp(dim=1, keepdim=True)
+            loss += (log_total - logits.gather(1, target)).sum()
+            if not (train_hidden or train_weight):
+                continue
+            # d loss / d logits = softmax - one-hot; scaled before it is rounded to half precision.
+            grad = logits.sub_(log_total).exp_().scatter_add_(1, target, torch.full_like(log_total, -1.0))
+            grad = grad.mul_(scale).to(hidden.dtype)
+            if train_hidden:
+                torch.mm(grad, compute_weight, out=grad_hidden[start : start + CHUNK])
+            if train_weight:
+                grad_weight += grad.t() @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        (upstream,) = grad_outputs
+        return (
+            None if grad_hidden is None else grad_hidden * upstream.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * upstream.to(grad_weight.dtype),
+            None,
+            None,
+        )
+
+
+def labelled_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
+    """`scale` times the sum of the cross-entropies of `hidden @ weight.T` against `labels`.
+
+    The gradient is exact for an upstream gradient of 1, and rounded in `hidden`'s dtype after `scale` was applied, so a
+    gradient scaler's factor belongs into `scale`.
+
+    Args:
+        hidden: [rows, hidden_size], the labelled positions alone.
+        weight: [vocab_size, hidden_size], the output head.
+        labels: [rows], int64; every one counts.
+        scale: factor of loss and gradient.
+    """
+    return _LabelledCrossEntropy.apply(hidden, weight, labels, scale)

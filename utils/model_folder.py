@@ -1,0 +1,192 @@
+"""A base model's folder: is it whole, what is in its weight files, which model is it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.messages import _
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types whose decoder is Llama's: embedding, layers of attention and gated MLP under RMSNorm, RoPE."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+class ModelFolder:
+    """A checked folder with a Hugging Face config.json and its weights.
+
+    Raises:
+        UserError: the folder is missing, is something else, is only half there, or is of a kind that can't be used.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self._read_config()
+        self.tensor_files = self._find_tensors()
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.path
+        if not path.is_dir():
+            parts = [part for part in path.parts if part not in (".", "models")]
+            repo_id = "/".join(parts[-2:]) if len(parts) >= 2 else "NousResearch/Llama-2-7b-hf"
+            raise UserError(
+                _(
+                    "There is no model folder {folder} (seen from {here}). Download it with\n"
+                    "  python model_download.py --repo_id {repo_id}\n"
+                    "or give the folder that you have.",
+                    folder=path,
+                    here=Path.cwd(),
+                    repo_id=repo_id,
+                )
+            )
+        config_file = path / "config.json"
+        if not config_file.is_file():
+            if (path / ADAPTER_CONFIG).is_file():
+                raise UserError(
+                    _(
+                        "{folder} holds an adapter, not a base model. Give the base model that it was made for.",
+                        folder=path,
+                    )
+                )
+            raise UserError(_("{folder} is not a model folder: it has no config.json.", folder=path))
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(_("{file} is not readable JSON ({error}).", file=config_file, error=error)) from error
+        model_type = config.get("model_type")
+        if model_type not in SUPPORTED_MODEL_TYPES:
+            raise UserError(
+                _(
+                    "{folder} is a model of type {type}; this project trains {supported}.",
+                    folder=path,
+                    type=model_type,
+                    supported=", ".join(SUPPORTED_MODEL_TYPES),
+                )
+            )
+        if "quantization_config" in config:
+            raise UserError(
+                _(
+                    "{folder} holds weights that are quantized already. Take the repository with the original weights; "
+                    "--quantization (or --load_8bit, --load_4bit) quantizes them while loading.",
+                    folder=path,
+                )
+            )
+        return config
+
+    def _find_tensors(self) -> dict[str, Path]:
+        """Tensor name -> the file that holds it; safetensors are preferred to .bin."""
+        for index_name, single_name in (
+            ("model.safetensors.index.json", "model.safetensors"),
+            ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+        ):
+            index, single = self.path / index_name, self.path / single_name
+            if index.is_file():
+                try:
+                    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                except (OSError, ValueError, KeyError) as error:
+                    raise self._half_there([index_name]) from error
+                missing = sorted({name for name in weight_map.values() if not (self.path / name).is_file()})
+                if missing:
+                    raise self._half_there(missing)
+                found = {tensor: self.path / name for tensor, name in weight_map.items()}
+            elif single.is_file():
+                found = {}
+            else:
+                continue
+            files = sorted(set(found.values())) or [single]
+            broken = [file.name for file in files if file.suffix == ".safetensors" and not _is_whole(file)]
+            if broken:
+                raise self._half_there(broken)
+            return found or dict.fromkeys(_tensor_names(single), single)
+        raise self._half_there(["model.safetensors"])
+
+    def _half_there(self, files: list[str]) -> UserError:
+        return UserError(
+            _(
+                "{folder} is not whole: {files} missing or cut short. Run the download again; it fetches only what is "
+                "missing:\n  python model_download.py --repo_id … --local_dir {folder}",
+                folder=self.path,
+                files=", ".join(files[:4]) + (" …" if len(files) > 4 else ""),
+            )
+        )
+
+    def tensors(self) -> Iterator[tuple[str, Any]]:
+        """Yield (name, tensor) of every weight, one at a time, on the CPU; nothing else stays in memory."""
+        by_file: dict[Path, list[str]] = {}
+        for name, file in self.tensor_files.items():
+            by_file.setdefault(file, []).append(name)
+        for file, names in by_file.items():
+            with open_tensors(file) as tensors:
+                for name in names:
+                    yield name, tensors.get_tensor(name)
+
+    def fingerprint(self) -> str:
+        """A hash that tells one base model from another of the same shape: over the first row of every weight."""
+        import torch
+
+        digest = hashlib.sha256()
+        for file in sorted(set(self.tensor_files.values())):
+            with open_tensors(file) as tensors:
+                for name in sorted(name for name, place in self.tensor_files.items() if place == file):
+                    first_row = tensors.get_slice(name)[0:1]
+                    digest.update(name.encode())
+                    digest.update(first_row.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Size of the weight files on disk."""
+        return sum(file.stat().st_size for file in set(self.tensor_files.values()))
+
+
+class _PickledTensors:
+    """A .bin file behind the interface of safetensors' safe_open."""
+
+    def __init__(self, file: Path) -> None:
+        import torch
+
+        self.tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+    def __enter__(self) -> "_PickledTensors":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.tensors = {}
+
+    def keys(self) -> list[str]:
+        return list(self.tensors)
+
+    def get_tensor(self, name: str) -> Any:
+        return self.tensors[name]
+
+    get_slice = get_tensor
+
+
+def open_tensors(file: Path) -> Any:
+    """A weight file as a context manager with keys(), get_tensor(name) and get_slice(name)."""
+    from safetensors import safe_open
+
+    return safe_open(file, framework="pt") if file.suffix == ".safetensors" else _PickledTensors(file)
+
+
+def _tensor_names(file: Path) -> list[str]:
+    with open_tensors(file) as tensors:
+        return list(tensors.keys())
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its own header says (its format: 8 bytes, header, data)."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        header_size = int.from_bytes(handle.read(8), "little")
+        if header_size + 8 > size:
+            return False
+        try:
+            header = json.loads(handle.read(header_size))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + header_size + max(ends, default=0)

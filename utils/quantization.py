@@ -1,0 +1,130 @@
+"""Frozen linear layers that hold their weights in int8 or NF4 and compute in the model's own dtype.
+
+bitsandbytes defines the storage format; the arithmetic is the same everywhere: dequantise, then one matrix product,
+forward and backward, in training, evaluation, chat and serving, on CPU and GPU. (bitsandbytes' own modules compute
+another function in eval() than in train() on a CPU, and can't be sharded.) The weight is an ordinary parameter, so FSDP
+can share it out; what is needed to dequantise it is small and lies in buffers.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.quantization import Quantization
+
+NF4_BLOCK = 64
+"""Weights that share one scale (QLoRA's setting)."""
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """y = x W^T for a frozen W that is dequantised when needed, so that no copy of it is kept between the passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
+        ctx.layer = layer
+        return x @ layer.dequantize().t()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_outputs[0] @ ctx.layer.dequantize(), None
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer; a subclass of nn.Linear so that PEFT puts its adapters over it.
+
+    Args:
+        linear: the layer to stand in for; its weight may be on the meta device.
+        compute_dtype: dtype of the products.
+    """
+
+    def __init__(self, linear: nn.Linear, compute_dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.compute_dtype = compute_dtype
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def quantize_(self, weight: torch.Tensor) -> None:
+        """Store `weight`, shape [out_features, in_features], on the device that it is on."""
+        raise NotImplementedError
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight in compute_dtype, shape [out_features, in_features]."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T + b for x of shape [..., in_features]."""
+        y = _FrozenMatmul.apply(x.to(self.compute_dtype), self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class Int8Linear(QuantizedLinear):
+    """int8 with one scale a row, bitsandbytes' LLM.int8() storage (Dettmers et al. 2022)."""
+
+    def quantize_(self, weight: torch.Tensor) -> None:
+        """See QuantizedLinear."""
+        weight = weight.float()
+        absmax = weight.abs().amax(dim=1, keepdim=True)
+        scaled = weight * (127 / absmax.clamp(min=torch.finfo(torch.float32).tiny))
+        self.weight = nn.Parameter(scaled.round().to(torch.int8), requires_grad=False)
+        self.register_buffer("scale", absmax / 127, persistent=False)
+
+    def dequantize(self) -> torch.Tensor:
+        """See QuantizedLinear."""
+        return (self.weight * self.scale).to(self.compute_dtype)
+
+
+class Nf4Linear(QuantizedLinear):
+    """4-bit NormalFloat with double-quantised scales (Dettmers et al. 2023, QLoRA), bitsandbytes' storage."""
+
+    def quantize_(self, weight: torch.Tensor) -> None:
+        """See QuantizedLinear."""
+        from bitsandbytes import functional
+
+        # fp32 first: the same stored bits come out whatever dtype the weight file has.
+        packed, state = functional.quantize_4bit(
+            weight.float().contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True
+        )
+        self.weight = nn.Parameter(packed.view(self.out_features, -1), requires_grad=False)
+        self.register_buffer("code", state.code, persistent=False)
+        self.register_buffer("absmax", state.absmax, persistent=False)
+        self.register_buffer("absmax_offset", state.offset, persistent=False)
+        self.register_buffer("absmax_absmax", state.state2.absmax, persistent=False)
+        self.register_buffer("absmax_code", state.state2.code, persistent=False)
+        self.absmax_block = state.state2.blocksize
+
+    def dequantize(self) -> torch.Tensor:
+        """See QuantizedLinear."""
+        from bitsandbytes import functional
+
+        absmax = functional.dequantize_blockwise(
+            self.absmax, absmax=self.absmax_absmax, code=self.absmax_code, blocksize=self.absmax_block
+        )
+        state = functional.QuantState(
+            absmax=absmax.float() + self.absmax_offset,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=self.code,
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=self.compute_dtype,
+        )
+        return functional.dequantize_4bit(self.weight.view(-1, 1), quant_state=state)
+
+
+LAYERS: dict[Quantization, type[QuantizedLinear]] = {"8bit": Int8Linear, "4bit": Nf4Linear}
+
+
+def quantize_linears(module: nn.Module, quantization: Quantization, compute_dtype: torch.dtype) -> None:
+    """Replace every linear layer within `module` by an empty quantised one, to be filled by `quantize_`."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, LAYERS[quantization](child, compute_dtype))
+        else:
+            quantize_linears(child, quantization, compute_dtype)
+
+
+def rounded_weight(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
+    """What `quantization` makes of a weight: quantised and dequantised again, fp32, same shape."""
+    layer = LAYERS[quantization](nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"), torch.float32)
+    layer.quantize_(weight)
+    return layer.dequantize()

@@ -1,0 +1,17 @@
+"""Libraries talk to developers; a user's terminal is for the user."""
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Silence warnings, log lines and progress bars of the libraries; errors still raise."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    # Models are read from folders; nothing here may wait for a hub that does not answer.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "peft", "bitsandbytes", "torch", "torch.distributed", "accelerate", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)

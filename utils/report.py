@@ -1,0 +1,164 @@
+"""What a training run says to the person who started it."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.messages import _
+from ft_datasets.alpaca_dataset import describe_lengths
+from utils import saving
+from utils.checkpoint import run_tensors, size_of
+from utils.distributed import World
+from utils.memory import peak_memory_gb
+from utils.metrics import LOSS_PICTURE, METRICS, read_metrics
+from utils.optimization import learning_rate
+from utils.run_folder import Start
+
+if TYPE_CHECKING:
+    from utils.data import Data
+    from utils.training import Trainer
+
+Say = Callable[[str], None]
+
+
+def speaker(world: World) -> Say:
+    """Prints on rank 0, and nothing elsewhere."""
+    return (lambda message: print(message, flush=True)) if world.is_main else (lambda _message: None)
+
+
+def start_notes(start: Start, output: Path, say: Say) -> None:
+    """What was found in the output folder."""
+    for note in start.notes:
+        say(note)
+    if start.is_finished:
+        assert start.checkpoint is not None
+        say(
+            _(
+                "This run is finished: {steps} steps, the result is in {folder}. For more, raise --num_epochs; to "
+                "begin anew, --resume none.",
+                steps=start.checkpoint.step,
+                folder=output,
+            )
+        )
+    elif start.checkpoint:
+        say(_("Going on from {path}.", path=start.checkpoint.path))
+
+
+def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
+    """Tokens, masks, batch arithmetic, validation, learning rate and checkpoints, before anything is trained."""
+    config, schedule, world = trainer.config, trainer.schedule, trainer.world
+    say(
+        _(
+            "Data: {training} examples to train on, {held_out} held out",
+            training=len(data.training),
+            held_out=len(data.held_out),
+        )
+    )
+    say("  " + describe_lengths(data.training))
+    trained = sum(p.numel() for p in trainer.parameters.values())
+    total = sum(p.numel() for p in trainer.model.parameters())
+    say(
+        _(
+            "Model: {trained} of {total} parameters are trained; base {base}, computing in {dtype} ({reason})",
+            trained=f"{trained:,}",
+            total=f"{total:,}",
+            base=config.quantization or str(trainer.precision.weights).removeprefix("torch."),
+            dtype=str(trainer.precision.compute).removeprefix("torch."),
+            reason=trainer.precision.reason,
+        )
+    )
+    say(
+        _(
+            "Batch: {each} examples x {processes} processes = {all} a step; packed into rows of up to {budget} "
+            "tokens{limit}{recompute}",
+            each=schedule.global_batch_size // world.size,
+            processes=world.size,
+            all=schedule.global_batch_size,
+            budget=trainer.token_budget,
+            limit=_(", {count} examples at most", count=config.micro_batch_size) if config.micro_batch_size else "",
+            recompute=""
+            if trainer.loss_module.kept_layers is None
+            else _(
+                "; {count} layers keep their activations, the others recompute them",
+                count=trainer.loss_module.kept_layers,
+            ),
+        )
+    )
+    rates = [learning_rate(step, config, schedule) for step in (0, schedule.total_steps // 2, schedule.total_steps - 1)]
+    say(
+        _(
+            "Steps: {steps} ({per_epoch} an epoch); learning rate {scheduler}: {first} at the start, {middle} half "
+            "way, {last} at the end; gradients {clipping}",
+            steps=schedule.total_steps,
+            per_epoch=schedule.steps_per_epoch,
+            scheduler=config.scheduler,
+            first=f"{rates[0]:.2e}",
+            middle=f"{rates[1]:.2e}",
+            last=f"{rates[2]:.2e}",
+            clipping=_("clipped to norm {norm}", norm=config.gradient_clipping_threshold)
+            if config.gradient_clipping
+            else _("not clipped"),
+        )
+    )
+    if data.held_out:
+        say(_("Held-out loss: after each epoch and at the end"))
+    optimizer = trainer.optimizer if config.save_optimizer else None
+    when = []
+    if config.save_steps:
+        when.append(_("every {steps} steps", steps=config.save_steps))
+    if config.save_minutes:
+        when.append(_("every {minutes} minutes", minutes=f"{config.save_minutes:g}"))
+    when.append(_("on Ctrl-C or kill, and at the end"))
+    say(
+        _(
+            "Checkpoints: {when}, {size} MB each, {keep} kept in {folder}. After an interruption the same command "
+            "goes on.",
+            when=", ".join(when),
+            size=f"{size_of(run_tensors(trainer.parameters, optimizer)) / 1e6:.0f}",
+            keep=config.keep_checkpoints,
+            folder=config.checkpoints_dir,
+        )
+    )
+
+
+def after_last_step(trainer: "Trainer", output: Path, say: Say) -> None:
+    """What came of the run, and what to do with it."""
+    config = trainer.config
+    losses = [line["train_loss"] for line in read_metrics(output) if line.get("train_loss") is not None]
+    say(
+        _(
+            "Done: {steps} steps, training loss {first} -> {last}{held_out}",
+            steps=trainer.done,
+            first=f"{losses[0]:.3f}" if losses else "-",
+            last=f"{losses[-1]:.3f}" if losses else "-",
+            held_out=""
+            if trainer.last_eval_loss is None
+            else _(", held-out loss {loss}", loss=f"{trainer.last_eval_loss:.3f}"),
+        )
+    )
+    say(_("In {folder}: {files}", folder=output, files=", ".join([METRICS, LOSS_PICTURE, "README.md"])))
+    if config.save_model:
+        say(_("Talk to it:  {command}", command=saving.chat_command(config)))
+
+
+def model_card(trainer: "Trainer", output: Path) -> str:
+    """The model card of the run's result."""
+    config, schedule = trainer.config, trainer.schedule
+    losses = [line["train_loss"] for line in read_metrics(output) if line.get("train_loss") is not None]
+    facts = {
+        _("base model"): f"`{config.model_name}`",
+        _("method"): config.peft_method if config.use_peft else _("full fine-tuning"),
+        _("base held in"): config.quantization or str(trainer.precision.weights).removeprefix("torch."),
+        _("data"): f"`{config.alpaca_dataset.data_path}`, "
+        + _("{count} examples", count=len(trainer.training))
+        + (_(", {count} held out", count=len(trainer.held_out)) if trainer.held_out else ""),
+        _("steps"): f"{trainer.done} ({schedule.global_batch_size} " + _("examples each") + ")",
+        _("learning rate"): f"{config.lr:g}, {config.scheduler}",
+        _("training loss"): f"{losses[0]:.3f} -> {losses[-1]:.3f}" if losses else "-",
+        _("held-out loss"): "-" if trainer.last_eval_loss is None else f"{trainer.last_eval_loss:.3f}",
+        _("most memory"): f"{peak_memory_gb(trainer.world):.1f} GB" if trainer.world.device.type == "cuda" else "CPU",
+        _("command"): f"`python {shlex.join(sys.argv)}`",
+    }
+    return saving.model_card(config, facts)

@@ -1,0 +1,363 @@
+"""The training loop: steps, evaluations, checkpoints, and an end that loses nothing."""
+
+import contextlib
+import hashlib
+import signal
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from configs.errors import Interrupted, UserError
+from configs.messages import _
+from configs.training import TrainingConfig
+from ft_datasets.alpaca_dataset import Example
+from utils import checkpoint as checkpoints
+from utils.adapters import learnt_prefix, trainable_parameters
+from utils.checkpoint import Checkpoint
+from utils.data import Data
+from utils.distributed import World, sum_across, sum_gradients
+from utils.llama import causal_lm, forward_hidden
+from utils.loss import labelled_cross_entropy
+from utils.memory import find_budget, peak_memory_gb
+from utils.metrics import Metrics, Progress
+from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, scale_gradients
+from utils.packing import PackedBatch, pack, share_out
+from utils.precision import Precision
+from utils.run_folder import Start
+from utils.sharding import is_sharded, shard
+
+MAX_FAILED_STEPS = 10
+"""Steps in a row whose gradient may be infinite or not a number before the run stops."""
+
+
+class ResponseLoss(nn.Module):
+    """The model and its loss in one module, which is what FSDP needs to wrap."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        self.kept_layers: int | None = None
+
+    def forward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
+        """`scale` times the sum of the cross-entropies of the batch's labelled tokens."""
+        device_type = batch.input_ids.device.type
+        with torch.autocast(device_type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = forward_hidden(
+                self.model,
+                batch.input_ids,
+                batch.position_ids,
+                batch.segments,
+                past=learnt_prefix(self.model),
+                kept_layers=self.kept_layers,
+            )
+        head = causal_lm(self.model).lm_head.weight
+        rows = hidden[batch.label_rows.to(hidden.device)].to(self.dtype)
+        return labelled_cross_entropy(rows, head, batch.label_ids.to(hidden.device), scale)
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step came to."""
+
+    loss: float
+    norm: float
+    applied: bool
+    examples: list[Example]
+
+
+class Trainer:
+    """One run of training, from a base model with its trainable part to its last step.
+
+    Args:
+        model: as `load_base_model` gave it, with an adapter over it or all weights trainable.
+        precision: dtypes of the computation.
+        data: the examples to learn from and to measure on.
+        start: where the run begins, and its steps.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        world: World,
+        model: nn.Module,
+        precision: Precision,
+        data: Data,
+        start: Start,
+    ) -> None:
+        self.config, self.world, self.model, self.precision = config, world, model, precision
+        self.training, self.held_out = data.training, data.held_out
+        self.schedule, self.identity = start.schedule, start.identity
+        self.loss_module = ResponseLoss(model, precision.compute)
+        if config.enable_fsdp:
+            shard(self.loss_module, config.fsdp_config, world)
+        self.parameters = trainable_parameters(model)
+        self.optimizer = make_optimizer(self.parameters.values(), config)
+        self.loss_scale = LossScale.for_dtype(precision.compute)
+        self.token_budget = 0
+        self.done = 0
+        self.failed_in_a_row = 0
+        self.last_eval_loss: float | None = None
+        self.last_saved = time.monotonic()
+        self.interrupted_by = 0
+        if start.checkpoint:
+            self._resume(start.checkpoint)
+        self._choose_budget()
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """Put the run's state as the checkpoint has it."""
+        state = checkpoint.state
+        if not state["has_optimizer"]:
+            raise UserError(
+                _(
+                    "{path} was written with --save_optimizer False, so the run can't go on from it.",
+                    path=checkpoint.path,
+                )
+            )
+        tensors = checkpoints.run_tensors(self.parameters, self.optimizer)
+        checkpoints.load_tensors(checkpoint, tensors, self.world)
+        for name, parameter in self.parameters.items():
+            self.optimizer.state[parameter] = dict(tensors[f"optimizer.{name}"])
+        self.loss_scale = LossScale(**state["loss_scale"])
+        self.token_budget, self.loss_module.kept_layers = state["token_budget"], state["kept_layers"]
+        self.done, self.last_eval_loss = state["step"], state["last_eval_loss"]
+
+    def _choose_budget(self) -> None:
+        """Find the largest micro-batch that fits, trying with the longest examples; a resumed run keeps its own."""
+        if self.token_budget:
+            return
+        longest_first = sorted(self.training, key=len, reverse=True)
+        tokens_per_step = sum(map(len, longest_first)) * self.schedule.global_batch_size // len(longest_first)
+
+        def try_step(budget: int, kept_layers: int | None) -> None:
+            chosen, total = [], 0
+            for example in longest_first:
+                if chosen and total + len(example) > budget:
+                    break
+                chosen.append(example)
+                total += len(example)
+            self.loss_module.kept_layers = kept_layers
+            try:
+                self.loss_module(pack(chosen, self.world.device), 0.0).backward()
+                # The optimizer's state will lie beside the activations.
+                checkpoints.run_tensors(self.parameters, self.optimizer)
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
+
+        layers = len(causal_lm(self.model).model.layers)
+        self.token_budget, self.loss_module.kept_layers = find_budget(
+            self.world,
+            len(longest_first[0]),
+            -(-tokens_per_step // self.world.size),
+            layers,
+            try_step,
+        )
+
+    def run(self, metrics: Metrics) -> None:
+        """Train from `self.done` to the schedule's end, with evaluations and checkpoints on the way.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; the state has been saved.
+            UserError: the numbers went wrong for good.
+        """
+        progress = Progress(self.schedule.total_steps, self.done, self.world.is_main)
+        self.loss_module.train()
+        with self._signals_noted():
+            try:
+                while self.done < self.schedule.total_steps:
+                    self._one_step(metrics, progress)
+            finally:
+                progress.close()
+
+    def _one_step(self, metrics: Metrics, progress: Progress) -> None:
+        started = time.perf_counter()
+        step = self.done
+        rate = learning_rate(step, self.config, self.schedule)
+        result = self._step_that_fits(step, rate)
+        self.done += 1
+        tokens = sum(map(len, result.examples))
+        speed = tokens / (time.perf_counter() - started)
+        memory = peak_memory_gb(self.world)
+        line = {
+            "step": self.done,
+            "epoch": self.schedule.epoch_of(step) + 1,
+            "train_loss": result.loss if np.isfinite(result.loss) else None,
+            "lr": rate,
+            "grad_norm": result.norm if np.isfinite(result.norm) else None,
+            "tokens": tokens,
+            "tokens_per_second": round(speed, 1),
+            "max_memory_gb": round(memory, 3),
+        }
+        if not result.applied:
+            line |= {"skipped": True, "records": [example.number for example in result.examples]}
+        metrics.write(**line)
+        progress.update(self.done, result.loss, speed, memory)
+        self._guard(result, progress)
+        is_last = self.done == self.schedule.total_steps
+        interrupt = int(sum_across([self.interrupted_by], self.world.device)[0])
+        if self.held_out and not interrupt and (is_last or self.schedule.ends_epoch(step)):
+            self.last_eval_loss = self.evaluate()
+            metrics.write(step=self.done, eval_loss=self.last_eval_loss)
+            progress.say(_("step {step}: held-out loss {loss}", step=self.done, loss=f"{self.last_eval_loss:.4f}"))
+        if is_last or interrupt or self._is_time_to_save():
+            self._save(metrics, progress)
+        if interrupt and not is_last:
+            raise Interrupted(
+                min(interrupt, signal.SIGTERM),
+                _("Stopped at step {step}; everything is saved. The same command goes on from there.", step=self.done),
+            )
+
+    def _step_that_fits(self, step: int, rate: float) -> StepResult:
+        """A step; should memory not suffice for an unlucky batch, again with smaller micro-batches."""
+        while True:
+            try:
+                return self._step(step, rate)
+            except torch.cuda.OutOfMemoryError:
+                self.optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                longest = max(map(len, self.training))
+                if self.world.size > 1 or self.token_budget <= longest:
+                    raise UserError(
+                        _(
+                            "The card's memory does not suffice for a step. Try --quantization 4bit, a smaller "
+                            "--max_seq_length, or end other programs on the card."
+                        )
+                    ) from None
+                self.token_budget = max(longest, self.token_budget // 2)
+
+    def _step(self, step: int, rate: float) -> StepResult:
+        examples = [self.training[i] for i in self.schedule.indices(step)]
+        labels = sum(example.response_length for example in examples)
+        batches = share_out(
+            [len(example) for example in examples], self.token_budget, self.world.size, self.config.micro_batch_size
+        )
+        scale = self.loss_scale.value / labels
+        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for number, chosen in enumerate(batches[self.world.rank :: self.world.size]):
+            # Dropout must not depend on what happened before this step, or a resumed run would differ.
+            torch.manual_seed(_seed(self.config.seed, step, self.world.rank, number))
+            # A process without examples goes along with one that counts nothing: gradients are shared by all.
+            batch = pack([examples[i] for i in chosen or [0]], self.world.device)
+            value = self.loss_module(batch, scale if chosen else 0.0)
+            value.backward()
+            loss += value.detach().to(loss.device)
+        if not is_sharded(self.loss_module):
+            sum_gradients(list(self.parameters.values()))
+        (total,) = sum_across([loss.item()], self.world.device)
+        norm = gradient_norm(self.parameters.values()) / self.loss_scale.value
+        applied = bool(np.isfinite(norm) and np.isfinite(total))
+        if applied:
+            limit = self.config.gradient_clipping_threshold
+            clip = min(1.0, limit / (norm + 1e-6)) if self.config.gradient_clipping else 1.0
+            scale_gradients(self.parameters.values(), clip / self.loss_scale.value)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        mean = total / self.loss_scale.value
+        self.loss_scale.update(overflowed=not applied)
+        return StepResult(mean, norm, applied, examples)
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """The mean loss of a response token over the held-out examples."""
+        self.loss_module.eval()
+        budget = self.token_budget or max(map(len, self.held_out))
+        lengths = [len(example) for example in self.held_out]
+        batches = share_out(lengths, budget, self.world.size, self.config.val_batch_size)
+        total = 0.0
+        for chosen in batches[self.world.rank :: self.world.size]:
+            batch = pack([self.held_out[i] for i in chosen or [0]], self.world.device)
+            total += self.loss_module(batch, 1.0 if chosen else 0.0).item()
+        self.loss_module.train()
+        (total,) = sum_across([total], self.world.device)
+        return total / sum(example.response_length for example in self.held_out)
+
+    def _guard(self, result: StepResult, progress: Progress) -> None:
+        """Take note of steps without a usable gradient; give up when they do not end."""
+        self.failed_in_a_row = 0 if result.applied else self.failed_in_a_row + 1
+        if result.applied:
+            return
+        if self.loss_scale.is_used and np.isfinite(result.loss):
+            progress.say(_("step {step}: fp16 overflow, step left out, smaller loss scale from now on", step=self.done))
+        else:
+            numbers = ", ".join(str(example.number) for example in result.examples[:20])
+            progress.say(
+                _(
+                    "step {step}: the loss is not finite, step left out (records {numbers})",
+                    step=self.done,
+                    numbers=numbers,
+                )
+            )
+        if self.failed_in_a_row >= MAX_FAILED_STEPS:
+            raise UserError(
+                _(
+                    "{count} steps in a row gave no finite gradient; the weights are as they were before them. Usual "
+                    "causes: a learning rate that is too high (--lr), fp16 on a model made for bf16 (leave --use_fp16 "
+                    "out), a damaged base model.",
+                    count=self.failed_in_a_row,
+                )
+            )
+
+    def _is_time_to_save(self) -> bool:
+        config = self.config
+        if config.save_steps and self.done % config.save_steps == 0:
+            return True
+        due = bool(config.save_minutes) and time.monotonic() - self.last_saved >= config.save_minutes * 60
+        # Clocks differ between processes; any one of them decides for all.
+        return bool(config.save_minutes) and sum_across([float(due)], self.world.device)[0] > 0
+
+    def _save(self, metrics: Metrics, progress: Progress) -> None:
+        metrics.flush()
+        state = {
+            "step": self.done,
+            "total_steps": self.schedule.total_steps,
+            "identity": self.identity,
+            "world_size": self.world.size,
+            "batch_size_training": self.config.batch_size_training,
+            "has_optimizer": self.config.save_optimizer,
+            "loss_scale": asdict(self.loss_scale),
+            "token_budget": self.token_budget,
+            "kept_layers": self.loss_module.kept_layers,
+            "last_eval_loss": self.last_eval_loss,
+        }
+        optimizer = self.optimizer if self.config.save_optimizer else None
+        tensors = checkpoints.run_tensors(self.parameters, optimizer)
+        error = checkpoints.save_checkpoint(
+            self.config.checkpoints_dir, state, tensors, self.world, self.config.keep_checkpoints
+        )
+        self.last_saved = time.monotonic()
+        if error:
+            progress.say(
+                _(
+                    "The checkpoint of step {step} could not be written ({error}). The run goes on; earlier "
+                    "checkpoints are whole. Make room on the disk of {folder}.",
+                    step=self.done,
+                    error=error,
+                    folder=self.config.checkpoints_dir,
+                )
+            )
+
+    @contextlib.contextmanager
+    def _signals_noted(self) -> Any:
+        """SIGINT and SIGTERM ask for an end after the current step; a second one ends at once."""
+
+        def note(signum: int, _frame: object) -> None:
+            if self.interrupted_by:
+                signal.signal(signum, signal.SIG_DFL)
+                signal.raise_signal(signum)
+            self.interrupted_by = signum
+
+        previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+
+def _seed(*parts: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
