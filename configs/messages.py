@@ -14,7 +14,7 @@ LOCALE_DIR = Path(__file__).resolve().parent.parent / "locale"
 _translation = gettext.translation(DOMAIN, localedir=LOCALE_DIR, fallback=True)
 
 
-def _(message: str, **values: object) -> str:
+def _(message: str, /, **values: object) -> str:
     """Translate `message` and fill in its `{named}` values."""
     translated = _translation.gettext(message) if message else message
     return translated.format(**values) if values else translated

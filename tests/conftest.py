@@ -1,0 +1,150 @@
+"""A tokenizer and small models, made once for all tests, so that nothing is downloaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "LANG": "C.UTF-8",
+    "LC_ALL": "C.UTF-8",
+    "LANGUAGE": "",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYTHONUNBUFFERED": "1",
+}
+TEXTS = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "### Instruction:\n你好，请介绍一下你自己。\n\n### Input:\n今天天气很好\n\n### Response:\n",
+    "我们一起去公园散步，好不好？人工智能可以回答问题、翻译句子、写短文。",
+    "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。 2024 年 3 月 15 日，气温 21.5 ℃。",
+    "The quick brown fox jumps over the lazy dog. for i in range(10): print(i)",
+] * 20
+
+
+def train_sentencepiece(folder: Path) -> None:
+    """A BPE tokenizer of Llama 2's kind: byte fallback, identity normalisation, <unk> <s> </s> at 0, 1, 2."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=600,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+
+
+def make_model(
+    folder: Path, *, layers: int = 2, seed: int = 0, kv_heads: int = 4, dtype: str = "float32", **more
+) -> Path:
+    """A small random Llama with its tokenizer, as a hub repository would hold it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=600,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+        **more,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # random, but with enough contrast that greedy answers differ from prompt to prompt
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(3)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    train_sentencepiece(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Folder of a small Llama in fp32 with only a tokenizer.model beside its weights."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def grouped_model(tmp_path_factory) -> Path:
+    """As tiny_model, with grouped key-value heads, biases and a tied head, in bf16."""
+    return make_model(
+        tmp_path_factory.mktemp("models") / "grouped",
+        seed=1,
+        kv_heads=2,
+        dtype="bfloat16",
+        tie_word_embeddings=True,
+        attention_bias=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> Path:
+    """60 short records in Alpaca form, with and without input."""
+    records = [
+        {
+            "instruction": f"请说出第{number}个数字。" if number % 3 else "Translate into English.",
+            "input": "" if number % 3 else f"第{number}个，天气很好。",
+            "output": f"是{number}。" * (1 + number % 4),
+        }
+        for number in range(60)
+    ]
+    path = tmp_path_factory.mktemp("data") / "alpaca.json"
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def run_script(*arguments: object, timeout: float = 240, **more) -> subprocess.CompletedProcess:
+    """Run one of the project's scripts as a user would; output is text."""
+    command = [sys.executable, *map(str, arguments)]
+    more.setdefault("cwd", ROOT)
+    more.setdefault("env", ENVIRONMENT)
+    if "input" not in more:
+        more.setdefault("stdin", subprocess.DEVNULL)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **more)
+
+
+def torchrun(processes: int, *arguments: object, **more) -> subprocess.CompletedProcess:
+    """Run llama_finetuning.py under torchrun."""
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "1",
+        "--nproc_per_node",
+        processes,
+        "--master_port",
+        free_port(),
+    ]
+    return run_script(*launcher, "llama_finetuning.py", *arguments, **more)
+
+
+def free_port() -> int:
+    """A TCP port that nobody uses."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
