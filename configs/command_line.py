@@ -9,6 +9,7 @@ import ast
 import difflib
 import functools
 import inspect
+import math
 import sys
 import textwrap
 import types
@@ -55,10 +56,12 @@ class Flag:
             return text.lower() in TRUE
         if self.kind in (int, float):
             try:
-                return self.kind(text)
-            except ValueError:
-                expected = _("a whole number") if self.kind is int else _("a number")
-                raise ValueError(expected) from None
+                value = self.kind(text)
+                if math.isfinite(value):
+                    return value
+            except (ValueError, OverflowError):
+                pass
+            raise ValueError(_("a whole number") if self.kind is int else _("a number"))
         if get_origin(self.kind) is Literal:
             value = self.metadata.get("aliases", {}).get(text.lower(), text)
             if value is not None and value not in get_args(self.kind):
@@ -76,7 +79,8 @@ def parse(config_class: type[Config], argv: list[str]) -> Config:
         UserError: an unknown flag, a missing or wrong value, or what the class's own `problems()` finds.
     """
     flags = {flag.name: flag for flag in _flags(config_class)}
-    if any(token in ("-h", "--help") for token in argv):
+    texts = [f"--{flag.name}" for flag in flags.values() if flag.metadata.get("any_text")]
+    if any(token in ("-h", "--help") and before not in texts for before, token in zip(["", *argv], argv, strict=False)):
         print(usage(config_class))
         sys.exit(0)
     unreadable = [token for token in argv if any("\ud800" <= character <= "\udfff" for character in token)]
@@ -140,10 +144,9 @@ def _gather(argv: list[str], flags: dict[str, Flag]) -> tuple[dict[str, list[str
             continue
         if not equals:
             looks_like_flag = bool(tokens) and tokens[0].startswith("--")
-            names_flag = looks_like_flag and tokens[0][2:].partition("=")[0].replace("-", "_") in flags
             if flag.bare is not None and (not tokens or looks_like_flag):
                 text = flag.bare
-            elif not tokens or (names_flag and not flag.metadata.get("any_text")):
+            elif not tokens or (looks_like_flag and not flag.metadata.get("any_text")):
                 problems.append(_("--{name} needs a value", name=name))
                 continue
             else:
@@ -179,8 +182,11 @@ def _build(config_class: type[Config], values: dict[str, Any], prefix: str = "")
 @functools.cache
 def field_docs(config_class: type) -> dict[str, str]:
     """The docstring beneath each field of a dataclass (Python keeps none, so they are read from its source)."""
+    docs: dict[str, str] = {}
+    for base in config_class.__bases__:
+        if is_dataclass(base):
+            docs |= field_docs(base)
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
-    docs = {}
     for statement, following in zip(definition.body, definition.body[1:], strict=False):
         is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
         if is_field and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):

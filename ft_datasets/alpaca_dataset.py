@@ -140,7 +140,7 @@ def _complaint(entry: Any) -> str:
         if key not in entry or entry[key] is None:
             return _('without "{key}"', key=key)
     for key in ("instruction", "input", "output"):
-        if not isinstance(entry.get(key) or "", str):
+        if not isinstance(entry.get(key), str | None):
             return _('"{key}" is not text', key=key)
     for key in ("instruction", "output"):
         if not entry[key].strip():

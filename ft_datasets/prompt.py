@@ -52,7 +52,7 @@ class PromptTemplate:
         A system message, where there is one, stands before the header. `bos_token` is empty for tokenizers without BOS.
         """
         before, after = self.instruction.split("{instruction}")
-        _, after_answer = self.end_of_turn.split("{response}")
+        before_answer, after_answer = self.end_of_turn.split("{response}")
         return (
             "{%- if messages[0]['role'] == 'system' -%}"
             "{%- set system = messages[0]['content'] + '\\n\\n' -%}{%- set turns = messages[1:] -%}"
@@ -62,7 +62,9 @@ class PromptTemplate:
             "{%- if message['role'] == 'user' -%}"
             f"{{{{- {_literal(before)} + message['content'] + {_literal(after)} + {_literal(self.response)} -}}}}"
             "{%- elif message['role'] == 'assistant' -%}"
-            f"{{{{- message['content'] + ({_literal(eos_token)} if loop.last else {_literal(after_answer)}) -}}}}"
+            f"{{%- if loop.last -%}}{{{{- message['content'] + {_literal(eos_token)} -}}}}"
+            f"{{%- else -%}}{{{{- {_literal(before_answer)} + message['content'] + {_literal(after_answer)} -}}}}"
+            "{%- endif -%}"
             "{%- endif -%}"
             "{%- endfor -%}"
         )

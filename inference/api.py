@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, Field, StrictStr
+from starlette.exceptions import HTTPException
 
 from configs.inference import Sampling
 from ft_datasets.prompt import Turn
@@ -64,6 +65,10 @@ def make_app(engine: Engine, defaults: Sampling, sessions: StreamSessions) -> Fa
     async def refuse(_request: Request, error: RequestValidationError) -> JSONResponse:
         problems = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
         return _refusal(422, "; ".join(problems))
+
+    @app.exception_handler(HTTPException)
+    async def refuse_unreadable(_request: Request, error: HTTPException) -> JSONResponse:
+        return _refusal(error.status_code, str(error.detail))
 
     @app.post("/stream")
     def stream(body: StreamRequest, request: Request) -> StreamResponse:

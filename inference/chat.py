@@ -96,6 +96,8 @@ class Chat:
 def _lines() -> Iterator[str]:
     """Lines that the user types, with editing and recall; or those of a pipe."""
     if not sys.stdin.isatty():
+        # Under the C locale Python would let bytes that are no text through, as half characters.
+        sys.stdin.reconfigure(errors="strict")
         try:
             for line in sys.stdin:
                 yield line.rstrip("\r\n")

@@ -5,6 +5,8 @@ from ft_datasets.tokenizer import Tokenizer
 REPLACEMENT = "\ufffd"
 LONGEST_CHARACTER = 4
 """Tokens that one character may take: a byte each."""
+PROBE = "a"
+"""Put before a text so that its tokens are those of the middle of a line."""
 
 
 class IncrementalDecoder:
@@ -19,29 +21,44 @@ class IncrementalDecoder:
         self.ids: list[int] = []
         self.window = 0  # first id that is decoded as context
         self.read = 0  # first id whose text was not returned yet
-        self.replacement_ids = tokenizer.encode(REPLACEMENT)[-3:]
+        self.held = 0  # how many of the last ids may be the beginning of a character
+        self.probe_ids = tokenizer.encode(PROBE)
 
     def push(self, token_id: int) -> str:
         """Take one id, and return the text that is now certain ('' inside a character)."""
         self.ids.append(token_id)
-        text = self._pending()
-        if text.endswith(REPLACEMENT) and len(self.ids) - self.read < LONGEST_CHARACTER:
+        text, end = self._pending(len(self.ids)), len(self.ids)
+        if not text.endswith(REPLACEMENT) or self._is_written_out():
+            self.held = 0
+            return self._accept(text, end)
+        self.held += 1
+        if self.held < LONGEST_CHARACTER:
             return ""
-        return self._accept(text)
+        # The first of four ids that make no character begins none: it is a stray byte.
+        self.held -= 1
+        return self._accept(self._pending(end - self.held), end - self.held)
 
     def finish(self) -> str:
         """Return what was waiting, without a character that was cut off."""
-        text = self._pending()
-        written_out = self.ids[-len(self.replacement_ids) :] == self.replacement_ids
-        return self._accept(text if written_out else text.rstrip(REPLACEMENT))
+        text = self._pending(len(self.ids))
+        return self._accept(text if self._is_written_out() else text.rstrip(REPLACEMENT), len(self.ids))
 
-    def _pending(self) -> str:
+    def _is_written_out(self) -> bool:
+        """Whether the text ends in the character U+FFFD itself, and not in bytes that make no character."""
+        for count in range(1, LONGEST_CHARACTER):
+            last = self.ids[-count:]
+            text = self.tokenizer.decode(last)
+            if text.endswith(REPLACEMENT) and self.tokenizer.encode(PROBE + text) == self.probe_ids + last:
+                return True
+        return False
+
+    def _pending(self, end: int) -> str:
         context = self.tokenizer.decode(self.ids[self.window : self.read])
-        return self.tokenizer.decode(self.ids[self.window :])[len(context) :]
+        return self.tokenizer.decode(self.ids[self.window : end])[len(context) :]
 
-    def _accept(self, text: str) -> str:
+    def _accept(self, text: str, end: int) -> str:
         if text:
-            self.window, self.read = self.read, len(self.ids)
+            self.window, self.read = self.read, end
         return text
 
 

@@ -8,7 +8,6 @@ flash attention does all examples at once; elsewhere plain scaled_dot_product_at
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -19,23 +18,24 @@ PACKED = "packed"
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the examples of one packed row lie: their lengths, in order; they fill the row."""
+    """Where the examples of one packed row lie, end to end.
 
-    lengths: Sequence[int]
-    device: torch.device
+    Attributes:
+        bounds: start of each segment, and the row's end.
+        cumulative: the same as a tensor, int32, shape [segments + 1].
+        longest: no segment is longer; the same number all through a run keeps compiled code valid.
+    """
 
-    @cached_property
-    def bounds(self) -> list[int]:
-        """Start of each segment, and the row's end."""
-        bounds = [0]
-        for length in self.lengths:
-            bounds.append(bounds[-1] + length)
-        return bounds
+    bounds: list[int]
+    cumulative: torch.Tensor
+    longest: int
 
-    @cached_property
-    def cumulative(self) -> torch.Tensor:
-        """`bounds` as a tensor, int32, shape [segments + 1]."""
-        return torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device, longest: int = 0) -> "Segments":
+        """Segments of these lengths, in order."""
+        bounds = list(itertools.accumulate(lengths, initial=0))
+        cumulative = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
+        return cls(bounds, cumulative, max(longest, *lengths))
 
 
 class PastKeyValues(Protocol):
@@ -153,7 +153,7 @@ def _varlen(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key.to(query.dtype), value.to(query.dtype)))
-    bounds, longest = segments.cumulative, max(segments.lengths)
+    bounds, longest = segments.cumulative, segments.longest
     # A window of (-1, 0) is causal attention: everything before, nothing after.
     output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
     return output.unsqueeze(0)

@@ -74,7 +74,8 @@ def load_base_model(
             module.quantize_(tensor)
         else:
             setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
-    if config.tie_word_embeddings and missing.pop("lm_head.weight", None) is not None:
+    if config.tie_word_embeddings:
+        missing.pop("lm_head.weight", None)
         model.lm_head.weight = decoder.embed_tokens.weight
     if missing:
         raise UserError(
@@ -141,4 +142,4 @@ def forward_hidden(
 def logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """The head's output for rows of `forward_hidden`, fp32, shape [rows, vocab_size]."""
     head = causal_lm(model).lm_head
-    return head(hidden.to(head.weight.dtype)).float()
+    return head(hidden.to(head.weight)).float()  # a tied head lies where the embedding does

@@ -63,4 +63,6 @@ def labelled_cross_entropy(
         labels: [rows], int64; every one counts.
         scale: factor of loss and gradient.
     """
+    if not torch.is_grad_enabled():  # needs_input_grad says nothing of that
+        hidden, weight = hidden.detach(), weight.detach()
     return _LabelledCrossEntropy.apply(hidden, weight, labels, scale)

@@ -65,8 +65,14 @@ class LoraDelta:
             return replacement.to(weight.dtype)
         module = name.removesuffix(".weight")
         a, b = self._take(f"{module}.lora_A.weight"), self._take(f"{module}.lora_B.weight")
+        saved = self._take(f"{module}.base_layer.weight")  # PEFT saves an adapted head (resized, perhaps) whole
+        if saved is not None:
+            weight = saved.to(weight.dtype)
+        # As load_base_model quantises: the decoder's linear layers, whether or not they have an adapter.
+        is_rounded = quantization and name.startswith("model.layers.") and weight.dim() == 2
+        base = rounded_weight(weight, quantization) if is_rounded else weight
         if a is None or b is None:
-            return weight
+            return base.to(weight.dtype)
         if tuple(weight.shape) != (b.shape[0], a.shape[1]):
             raise UserError(
                 _(
@@ -77,8 +83,7 @@ class LoraDelta:
                     adapter=(b.shape[0], a.shape[1]),
                 )
             )
-        base = rounded_weight(weight, quantization) if quantization else weight.float()
-        return (base + self._scale(module, a.shape[0]) * (b.float() @ a.float())).to(weight.dtype)
+        return (base.float() + self._scale(module, a.shape[0]) * (b.float() @ a.float())).to(weight.dtype)
 
     def check_all_used(self) -> None:
         """Refuse an adapter with weights for modules that the base model does not have."""

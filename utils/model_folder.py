@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class ModelFolder:
             config = json.loads(config_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(_("{file} is not readable JSON ({error}).", file=config_file, error=error)) from error
+        if not isinstance(config, dict):
+            raise UserError(_("{folder} is not a model folder: its config.json holds no settings.", folder=path))
         model_type = config.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise UserError(
@@ -86,9 +89,9 @@ class ModelFolder:
             if index.is_file():
                 try:
                     weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                except (OSError, ValueError, KeyError) as error:
+                    missing = sorted({name for name in weight_map.values() if not (self.path / name).is_file()})
+                except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                     raise self._half_there([index_name]) from error
-                missing = sorted({name for name in weight_map.values() if not (self.path / name).is_file()})
                 if missing:
                     raise self._half_there(missing)
                 found = {tensor: self.path / name for tensor, name in weight_map.items()}
@@ -97,7 +100,7 @@ class ModelFolder:
             else:
                 continue
             files = sorted(set(found.values())) or [single]
-            broken = [file.name for file in files if file.suffix == ".safetensors" and not _is_whole(file)]
+            broken = [file.name for file in files if not is_whole(file)]
             if broken:
                 raise self._half_there(broken)
             return found or dict.fromkeys(_tensor_names(single), single)
@@ -124,16 +127,21 @@ class ModelFolder:
                     yield name, tensors.get_tensor(name)
 
     def fingerprint(self) -> str:
-        """A hash that tells one base model from another of the same shape: over the first row of every weight."""
+        """A hash that tells one base model from another of the same shape: over the first row of every weight.
+
+        How the weights are shared out among files makes no difference.
+        """
         import torch
 
-        digest = hashlib.sha256()
-        for file in sorted(set(self.tensor_files.values())):
+        rows: dict[str, bytes] = {}
+        for file in set(self.tensor_files.values()):
             with open_tensors(file) as tensors:
-                for name in sorted(name for name, place in self.tensor_files.items() if place == file):
+                for name in (name for name, place in self.tensor_files.items() if place == file):
                     first_row = tensors.get_slice(name)[0:1]
-                    digest.update(name.encode())
-                    digest.update(first_row.contiguous().view(torch.uint8).numpy().tobytes())
+                    rows[name] = hashlib.sha256(first_row.contiguous().view(torch.uint8).numpy().tobytes()).digest()
+        digest = hashlib.sha256()
+        for name in sorted(rows):
+            digest.update(name.encode() + rows[name])
         return digest.hexdigest()
 
     @property
@@ -177,8 +185,14 @@ def _tensor_names(file: Path) -> list[str]:
         return list(tensors.keys())
 
 
-def _is_whole(file: Path) -> bool:
-    """Whether a safetensors file is as long as its own header says (its format: 8 bytes, header, data)."""
+def is_whole(file: Path) -> bool:
+    """Whether a weight file was not cut short.
+
+    A safetensors file (8 bytes, header, data) is as long as its own header says; a .bin file is a zip archive, whose
+    directory stands at its end.
+    """
+    if file.suffix != ".safetensors":
+        return zipfile.is_zipfile(file)
     size = file.stat().st_size
     with file.open("rb") as handle:
         header_size = int.from_bytes(handle.read(8), "little")

@@ -108,8 +108,8 @@ class PackedBatch:
     label_ids: torch.Tensor
 
 
-def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
-    """Lay examples end to end."""
+def pack(examples: Sequence[Example], device: torch.device, longest: int = 0) -> PackedBatch:
+    """Lay examples end to end; see Segments for `longest`."""
     lengths = [len(example) for example in examples]
     starts = np.cumsum([0, *lengths[:-1]])
     # The token at position p is predicted from row p - 1; BOS or a prompt stands before every labelled token.
@@ -123,7 +123,7 @@ def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
     return PackedBatch(
         input_ids=input_ids.to(device, non_blocking=True),
         position_ids=positions.to(device, non_blocking=True),
-        segments=Segments(lengths, device),
+        segments=Segments.of(lengths, device, longest),
         label_rows=label_rows.to(device, non_blocking=True),
         label_ids=input_ids[label_rows + 1].to(device, non_blocking=True),
     )

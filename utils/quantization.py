@@ -6,6 +6,7 @@ another function in eval() than in train() on a CPU, and can't be sharded.) The 
 can share it out; what is needed to dequantise it is small and lies in buffers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,19 +16,26 @@ from configs.quantization import Quantization
 
 NF4_BLOCK = 64
 """Weights that share one scale (QLoRA's setting)."""
+ABSMAX_BLOCK = 256
+"""Scales that share one scale of their own (double quantisation)."""
+
+Dequantize = Callable[..., torch.Tensor]
 
 
 class _FrozenMatmul(torch.autograd.Function):
     """y = x W^T for a frozen W that is dequantised when needed, so that no copy of it is kept between the passes."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
-        ctx.layer = layer
-        return x @ layer.dequantize().t()
+    def forward(ctx: Any, x: torch.Tensor, dequantize: Dequantize, *stored: torch.Tensor) -> torch.Tensor:
+        ctx.dequantize = dequantize
+        ctx.save_for_backward(*stored)
+        return x @ dequantize(x.dtype, *stored).t()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad_outputs[0] @ ctx.layer.dequantize(), None
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        stored = ctx.saved_tensors
+        return grad_output @ ctx.dequantize(grad_output.dtype, *stored), None, *(None for _tensor in stored)
 
 
 class QuantizedLinear(nn.Linear):
@@ -48,13 +56,22 @@ class QuantizedLinear(nn.Linear):
         """Store `weight`, shape [out_features, in_features], on the device that it is on."""
         raise NotImplementedError
 
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that `dequantize_stored` takes."""
+        raise NotImplementedError
+
+    @staticmethod
+    def dequantize_stored(dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
+        """The weight in `dtype`, shape [out_features, in_features]."""
+        raise NotImplementedError
+
     def dequantize(self) -> torch.Tensor:
         """The weight in compute_dtype, shape [out_features, in_features]."""
-        raise NotImplementedError
+        return self.dequantize_stored(self.compute_dtype, *self.stored())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T + b for x of shape [..., in_features]."""
-        y = _FrozenMatmul.apply(x.to(self.compute_dtype), self)
+        y = _FrozenMatmul.apply(x.to(self.compute_dtype), self.dequantize_stored, *self.stored())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -69,9 +86,15 @@ class Int8Linear(QuantizedLinear):
         self.weight = nn.Parameter(scaled.round().to(torch.int8), requires_grad=False)
         self.register_buffer("scale", absmax / 127, persistent=False)
 
-    def dequantize(self) -> torch.Tensor:
+    def stored(self) -> tuple[torch.Tensor, ...]:
         """See QuantizedLinear."""
-        return (self.weight * self.scale).to(self.compute_dtype)
+        return self.weight, self.scale
+
+    @staticmethod
+    def dequantize_stored(dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
+        """See QuantizedLinear."""
+        weight, scale = stored
+        return (weight * scale).to(dtype)
 
 
 class Nf4Linear(QuantizedLinear):
@@ -85,30 +108,26 @@ class Nf4Linear(QuantizedLinear):
         packed, state = functional.quantize_4bit(
             weight.float().contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True
         )
+        assert state.state2.blocksize == ABSMAX_BLOCK
+        # Rows stay rows, so that FSDP shards them; two weights share a byte.
         self.weight = nn.Parameter(packed.view(self.out_features, -1), requires_grad=False)
-        self.register_buffer("code", state.code, persistent=False)
         self.register_buffer("absmax", state.absmax, persistent=False)
         self.register_buffer("absmax_offset", state.offset, persistent=False)
         self.register_buffer("absmax_absmax", state.state2.absmax, persistent=False)
         self.register_buffer("absmax_code", state.state2.code, persistent=False)
-        self.absmax_block = state.state2.blocksize
 
-    def dequantize(self) -> torch.Tensor:
+    def stored(self) -> tuple[torch.Tensor, ...]:
         """See QuantizedLinear."""
-        from bitsandbytes import functional
+        return self.weight, self.absmax, self.absmax_offset, self.absmax_absmax, self.absmax_code
 
-        absmax = functional.dequantize_blockwise(
-            self.absmax, absmax=self.absmax_absmax, code=self.absmax_code, blocksize=self.absmax_block
-        )
-        state = functional.QuantState(
-            absmax=absmax.float() + self.absmax_offset,
-            shape=torch.Size((self.out_features, self.in_features)),
-            code=self.code,
-            blocksize=NF4_BLOCK,
-            quant_type="nf4",
-            dtype=self.compute_dtype,
-        )
-        return functional.dequantize_4bit(self.weight.view(-1, 1), quant_state=state)
+    @staticmethod
+    def dequantize_stored(dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
+        """See QuantizedLinear."""
+        weight, absmax, offset, absmax_absmax, absmax_code = stored
+        library = torch.ops.bitsandbytes
+        scales = library.dequantize_blockwise(absmax, absmax_absmax, absmax_code, ABSMAX_BLOCK, torch.float32) + offset
+        shape = (weight.shape[0], 2 * weight.shape[1])
+        return library.dequantize_4bit(weight.view(-1, 1), scales, NF4_BLOCK, "nf4", shape, dtype)
 
 
 LAYERS: dict[Quantization, type[QuantizedLinear]] = {"8bit": Int8Linear, "4bit": Nf4Linear}

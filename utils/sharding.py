@@ -25,6 +25,7 @@ def shard(loss_module: nn.Module, config: FsdpConfig, world: World) -> None:
     for module in loss_module.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to leave a factor out
 
 
 def is_sharded(module: nn.Module) -> bool:

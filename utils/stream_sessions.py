@@ -94,6 +94,8 @@ class StreamSessions:
                 for piece in generate(stream.cancel):
                     with self._lock:
                         stream.text += piece
+                        if self._clock() - stream.last_asked > ABANDONED_SECONDS:
+                            stream.cancel.set()
         except Exception as failure:  # whatever went wrong is told to the client, and the server lives on
             error = f"{type(failure).__name__}: {failure}"
         with self._lock:

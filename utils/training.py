@@ -18,6 +18,7 @@ from ft_datasets.alpaca_dataset import Example
 from utils import checkpoint as checkpoints
 from utils.adapters import learnt_prefix, trainable_parameters
 from utils.checkpoint import Checkpoint
+from utils.compiling import compile_layers, should_compile
 from utils.data import Data
 from utils.distributed import World, sum_across, sum_gradients
 from utils.llama import causal_lm, forward_hidden
@@ -46,17 +47,19 @@ class ResponseLoss(nn.Module):
         """`scale` times the sum of the cross-entropies of the batch's labelled tokens."""
         device_type = batch.input_ids.device.type
         with torch.autocast(device_type, self.dtype, enabled=self.dtype != torch.float32):
+            prefix = learnt_prefix(self.model)
             hidden = forward_hidden(
                 self.model,
                 batch.input_ids,
-                batch.position_ids,
+                # As in generation, and in PEFT: a learnt prefix takes the first positions.
+                batch.position_ids + (prefix.length if prefix else 0),
                 batch.segments,
-                past=learnt_prefix(self.model),
+                past=prefix,
                 kept_layers=self.kept_layers,
             )
         head = causal_lm(self.model).lm_head.weight
-        rows = hidden[batch.label_rows.to(hidden.device)].to(self.dtype)
-        return labelled_cross_entropy(rows, head, batch.label_ids.to(hidden.device), scale)
+        rows = hidden[batch.label_rows.to(hidden.device)].to(head.device, self.dtype)
+        return labelled_cross_entropy(rows, head, batch.label_ids.to(head.device), scale)
 
 
 @dataclass
@@ -91,9 +94,13 @@ class Trainer:
         self.config, self.world, self.model, self.precision = config, world, model, precision
         self.training, self.held_out = data.training, data.held_out
         self.schedule, self.identity = start.schedule, start.identity
+        self.longest = max(map(len, [*data.training, *data.held_out]))
         self.loss_module = ResponseLoss(model, precision.compute)
         if config.enable_fsdp:
             shard(self.loss_module, config.fsdp_config, world)
+        tokens = sum(map(len, self.training)) / len(self.training) * self.schedule.global_batch_size
+        if should_compile(config.torch_compile, world.device, round(tokens * self.schedule.total_steps)):
+            compile_layers(model)
         self.parameters = trainable_parameters(model)
         self.optimizer = make_optimizer(self.parameters.values(), config)
         self.loss_scale = LossScale.for_dtype(precision.compute)
@@ -141,7 +148,7 @@ class Trainer:
                 total += len(example)
             self.loss_module.kept_layers = kept_layers
             try:
-                self.loss_module(pack(chosen, self.world.device), 0.0).backward()
+                self.loss_module(pack(chosen, self.world.device, self.longest), 0.0).backward()
                 # The optimizer's state will lie beside the activations.
                 checkpoints.run_tensors(self.parameters, self.optimizer)
             finally:
@@ -150,7 +157,7 @@ class Trainer:
         layers = len(causal_lm(self.model).model.layers)
         self.token_budget, self.loss_module.kept_layers = find_budget(
             self.world,
-            len(longest_first[0]),
+            self.longest,
             -(-tokens_per_step // self.world.size),
             layers,
             try_step,
@@ -218,15 +225,14 @@ class Trainer:
             except torch.cuda.OutOfMemoryError:
                 self.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
-                longest = max(map(len, self.training))
-                if self.world.size > 1 or self.token_budget <= longest:
+                if self.world.size > 1 or self.token_budget <= self.longest:
                     raise UserError(
                         _(
                             "The card's memory does not suffice for a step. Try --quantization 4bit, a smaller "
                             "--max_seq_length, or end other programs on the card."
                         )
                     ) from None
-                self.token_budget = max(longest, self.token_budget // 2)
+                self.token_budget = max(self.longest, self.token_budget // 2)
 
     def _step(self, step: int, rate: float) -> StepResult:
         examples = [self.training[i] for i in self.schedule.indices(step)]
@@ -240,7 +246,7 @@ class Trainer:
             # Dropout must not depend on what happened before this step, or a resumed run would differ.
             torch.manual_seed(_seed(self.config.seed, step, self.world.rank, number))
             # A process without examples goes along with one that counts nothing: gradients are shared by all.
-            batch = pack([examples[i] for i in chosen or [0]], self.world.device)
+            batch = pack([examples[i] for i in chosen or [0]], self.world.device, self.longest)
             value = self.loss_module(batch, scale if chosen else 0.0)
             value.backward()
             loss += value.detach().to(loss.device)
@@ -270,7 +276,7 @@ class Trainer:
         batches = share_out(lengths, budget, self.world.size, self.config.val_batch_size)
         total = 0.0
         for chosen in batches[self.world.rank :: self.world.size]:
-            batch = pack([self.held_out[i] for i in chosen or [0]], self.world.device)
+            batch = pack([self.held_out[i] for i in chosen or [0]], self.world.device, self.longest)
             total += self.loss_module(batch, 1.0 if chosen else 0.0).item()
         self.loss_module.train()
         (total,) = sum_across([total], self.world.device)
