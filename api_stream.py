@@ -7,7 +7,7 @@ Repeat the curl until `response` ends in [stop]. The answer's keys: response, hi
 """
 
 from configs.command_line import parse
-from configs.errors import UserError, run_main
+from configs.errors import run_main
 from configs.inference import ApiConfig
 from configs.messages import _
 
@@ -19,30 +19,17 @@ def main(argv: list[str]) -> None:
     from utils.quiet import quiet_libraries
 
     quiet_libraries()
-    from inference.api import make_app, serve
+    from inference.api import listen, make_app, serve
     from inference.loading import load_engine
     from utils.stream_sessions import StreamSessions
 
-    print(_("Loading {folder} …", folder=config.base_model), flush=True)
-    engine = load_engine(config.base_model, config.lora_weights, config.quantization)
-    sessions = StreamSessions()
-    try:
-        serve(
-            make_app(engine, config, sessions),
-            config.host,
-            config.port,
-            on_start=lambda url: print(_("Ready: POST {url}/stream (Ctrl-C ends it)", url=url), flush=True),
-        )
-    except OSError as error:
-        raise UserError(
-            _(
-                "Can't listen on {host}:{port} ({error}). Choose another --port.",
-                host=config.host,
-                port=config.port,
-                error=error.strerror,
-            )
-        ) from error
-    finally:
+    with listen(config.host, config.port) as listener:
+        print(_("Loading {folder} …", folder=config.base_model), flush=True)
+        engine = load_engine(config.base_model, config.lora_weights, config.quantization)
+        sessions = StreamSessions()
+        url = f"http://{config.host}:{listener.getsockname()[1]}"
+        print(_("Ready: POST {url}/stream (Ctrl-C ends it)", url=url), flush=True)
+        serve(make_app(engine, config, sessions), listener)
         sessions.close()
 
 

@@ -57,6 +57,7 @@ def fine_tune(
     from utils.adapters import add_adapter, prepare_full
     from utils.distributed import check_ranks_agree, decide_on_main
     from utils.llama import load_base_model
+    from utils.memory import limit_memory
     from utils.metrics import Metrics, draw_losses
     from utils.precision import choose_precision
     from utils.run_folder import find_start, hold_folder
@@ -81,6 +82,7 @@ def fine_tune(
     if start.is_finished:
         return
 
+    limit_memory(world, config.gpu_memory_gb)
     precision = choose_precision(world.device, config)
     say(_("Loading {folder} …", folder=folder.path))
     model = load_base_model(folder, precision.weights, world.devices, config.quantization)

@@ -97,8 +97,7 @@ def parse(config_class: type[Config], argv: list[str]) -> Config:
                 continue
             values[name] = values.get(name, []) + value if flags[name].is_list else value
     config = _build(config_class, values)
-    if not problems:
-        problems = list(find_problems(config))
+    problems += find_problems(config)
     if problems:
         raise UserError("\n".join([*problems, _("`--help` lists every flag.")]))
     return config
@@ -136,7 +135,7 @@ def _gather(argv: list[str], flags: dict[str, Flag]) -> tuple[dict[str, list[str
             continue
         flag = flags.get(name)
         if flag is None:
-            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.0 if "." in name else 0.5)
+            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.0)
             hint = _("; did you mean --{near}?", near=near[0]) if near else ""
             problems.append(_("unknown flag --{name}", name=name) + hint)
             if tokens and not equals and not tokens[0].startswith("--"):

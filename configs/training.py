@@ -106,6 +106,8 @@ class TrainingConfig:
     dist_checkpoint_folder: str = "checkpoints"
     """Folder of the checkpoints within it."""
 
+    gpu_memory_gb: float = 0.0
+    """Take at most so much of each card's memory (GB, 1e9 bytes), for shared cards; 0 = all of it."""
     torch_compile: bool | None = None
     """Compile the decoder's layers: a minute at the start, then half as fast again. Left out = where the run is long
     enough to gain by it. Only on GPUs."""
@@ -129,7 +131,7 @@ class TrainingConfig:
         """What is out of range, and which settings do not go together."""
         at_least = {
             0: "micro_batch_size max_steps lr weight_decay val_set_size val_batch_size save_steps save_minutes preview "
-            "num_freeze_layers warmup_ratio seed",
+            "num_freeze_layers warmup_ratio seed gpu_memory_gb",
             1: "batch_size_training num_epochs num_workers_dataloader keep_checkpoints",
             8: "max_seq_length",
         }

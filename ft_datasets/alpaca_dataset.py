@@ -123,8 +123,10 @@ def _read_list(path: Path) -> list[Any]:
             )
             + hint
         ) from error
-    except RecursionError:
-        raise UserError(_("{file}: the JSON is nested too deep to be a list of records.", file=path)) from None
+    except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
+        raise UserError(
+            _("{file}: the JSON is nested too deep, or holds too long a number, to be a list of records.", file=path)
+        ) from None
     if not isinstance(entries, list):
         raise UserError(_("{file}: a JSON list of records is expected, and this is not a list.", file=path))
     if not entries:
@@ -171,9 +173,15 @@ def encode_records(
         UserError: no example is short enough.
     """
     prompts = [template.render(record.instruction, record.input) for record in records]
-    texts = [prompt + record.output for prompt, record in zip(prompts, records, strict=True)]
     prompt_ids = tokenizer.encode_batch(prompts, threads)
+    texts = [prompt + record.output for prompt, record in zip(prompts, records, strict=True)]
     text_ids = tokenizer.encode_batch(texts, threads)
+    for i, (prompt, record) in enumerate(zip(prompts, records, strict=True)):
+        # The colon that ends the prompt and the answer's first character may be one token (":-"), which a model that
+        # was given the colon can't generate. Such an answer starts on a new line.
+        if common_prefix(prompt_ids[i], text_ids[i]) < len(prompt_ids[i]):
+            texts[i] = f"{prompt}\n{record.output}"
+            text_ids[i] = tokenizer.encode(texts[i])
     examples = [
         Example(record.number, text, np.array([*ids, tokenizer.eos_id], dtype=np.int32), common_prefix(prompt, ids))
         for record, text, prompt, ids in zip(records, texts, prompt_ids, text_ids, strict=True)
@@ -200,8 +208,8 @@ def encode_records(
 def common_prefix(prompt_ids: Sequence[int], text_ids: Sequence[int]) -> int:
     """How many tokens of prompt + response hold nothing but prompt.
 
-    The response may merge with the prompt's end into one token (':' and '/' into ':/'). Such a token carries a part of
-    the response, so it gets a label: the boundary is where the two encodings part.
+    A token that holds the prompt's end and the response's beginning carries a part of the response, so it gets a label:
+    the boundary is where the two encodings part.
     """
     for position, (one, other) in enumerate(zip(prompt_ids, text_ids, strict=False)):
         if one != other:

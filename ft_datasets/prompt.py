@@ -1,8 +1,6 @@
 """The prompt template: the one place where instructions become text, in training and inference alike.
 
-The wording is Stanford Alpaca's, with the line break after "Response:" that alpaca-lora has: without it, the colon and
-an answer's first character can become one token (":-"), which generation, after a prompt that ends in ":", could never
-produce. The template's exact text is stored with every adapter and read back from there, so
+The wording is Stanford Alpaca's. The template's exact text is stored with every adapter and read back from there, so
 that an adapter is always asked in the words that it was trained on.
 """
 
@@ -26,7 +24,7 @@ class PromptTemplate:
     )
     instruction: str = "### Instruction:\n{instruction}\n\n"
     input: str = "### Input:\n{input}\n\n"
-    response: str = "### Response:\n"
+    response: str = "### Response:"
     end_of_turn: str = "{response}\n\n"
 
     def render(self, instruction: str, input: str = "", history: Sequence[Turn] = ()) -> str:

@@ -1,18 +1,22 @@
 """The HTTP interface over the engine."""
 
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, Field, StrictStr
 from starlette.exceptions import HTTPException
 
+from configs.errors import UserError
 from configs.inference import Sampling
+from configs.messages import _
 from ft_datasets.prompt import Turn
 from inference.engine import Engine, PromptTooLong
 from utils.stream_sessions import STOP, StreamSessions
@@ -112,16 +116,25 @@ def _plain(sampling: Sampling) -> Sampling:
     return Sampling(**{name: getattr(sampling, name) for name in Sampling.__dataclass_fields__})
 
 
-def serve(app: FastAPI, host: str, port: int, on_start: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
 
     Raises:
-        OSError: the address can't be used.
+        UserError: the address can't be used.
     """
-    import socket
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(
+            _(
+                "Can't listen on {host}:{port} ({error}). Choose another --port.",
+                host=host,
+                port=port,
+                error=error.strerror,
+            )
+        ) from error
 
-    import uvicorn
 
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    on_start(f"http://{host}:{listener.getsockname()[1]}")
+def serve(app: FastAPI, listener: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM."""
     uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])

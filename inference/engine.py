@@ -58,7 +58,8 @@ class Engine:
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, template: PromptTemplate) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.context = causal_lm(model).config.max_position_embeddings
+        prefix = learnt_prefix(model)
+        self.context = causal_lm(model).config.max_position_embeddings - (prefix.length if prefix else 0)
         self.device = causal_lm(model).get_input_embeddings().weight.device
 
     def encode_chat(self, prompt: str, history: Sequence[Turn] = ()) -> list[int]:

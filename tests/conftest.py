@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported: threads that spin while they wait slow down every other process on few cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
     **os.environ,
@@ -148,3 +152,102 @@ def free_port() -> int:
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
+
+
+def make_trainer(model_folder: Path, output: Path, data: Path | None = None, checkpoint=None, **settings):
+    """A trainer in this process, on the CPU in fp32, ready to run; settings as on the command line.
+
+    Without `data`, the examples are eight made-up ones, none of them held out.
+    """
+    import numpy as np
+    import torch
+
+    from configs.training import TrainingConfig
+    from ft_datasets.alpaca_dataset import Example
+    from ft_datasets.prompt import PromptTemplate
+    from ft_datasets.tokenizer import Tokenizer
+    from utils.adapters import add_adapter, prepare_full
+    from utils.data import Data, load_data
+    from utils.distributed import World
+    from utils.llama import load_base_model
+    from utils.model_folder import ModelFolder
+    from utils.packing import Schedule
+    from utils.precision import choose_precision
+    from utils.run_folder import Start
+    from utils.training import Trainer
+
+    settings = {"use_peft": True, "val_set_size": 0, "save_minutes": 0, "scheduler": "constant", **settings}
+    config = TrainingConfig(model_name=str(model_folder), output_dir=str(output), **settings)
+    output.mkdir(parents=True, exist_ok=True)
+    if data is not None:
+        config.alpaca_dataset.data_path = str(data)
+        examples = load_data(config, Tokenizer(model_folder), PromptTemplate(), report=lambda _message: None)
+    else:
+        chooser = np.random.default_rng(0)
+        made_up = []
+        for number, length in enumerate((9, 30, 17, 12, 40, 8, 25, 14), 1):
+            ids = [1, *chooser.integers(260, 600, length - 2), 2]
+            made_up.append(Example(number, "", np.array(ids, dtype=np.int32), prompt_length=length // 3))
+        examples = Data(made_up, [])
+    world = World(0, 0, 1, [torch.device("cpu")])
+    precision = choose_precision(world.device, config)
+    model = load_base_model(ModelFolder(model_folder), precision.weights, world.devices, config.quantization)
+    model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)
+    schedule = Schedule(
+        len(examples.training), config.batch_size_training, config.num_epochs, config.max_steps, config.seed
+    )
+    return Trainer(config, world, model, precision, examples, Start(schedule, {}, checkpoint, False, []))
+
+
+def train(trainer) -> list[float]:
+    """Run a trainer to its end; the loss of every step."""
+    from utils.metrics import Metrics, read_metrics
+
+    output = Path(trainer.config.output_dir)
+    metrics = Metrics(output, True, trainer.done)
+    trainer.run(metrics)
+    metrics.close()
+    return [line["train_loss"] for line in read_metrics(output) if "train_loss" in line]
+
+
+def save_adapter(trainer) -> Path:
+    """Save a trainer's adapter in its output folder, as PEFT has it."""
+    from utils.sharding import whole_state
+
+    trainer.model.save_pretrained(trainer.config.output_dir, state_dict=whole_state(trainer.parameters, True))
+    return Path(trainer.config.output_dir)
+
+
+def project_logits(model, input_ids: list[int]):
+    """The project's own forward pass over one sequence: fp32, shape [length, vocabulary]."""
+    import torch
+
+    from utils.adapters import learnt_prefix
+    from utils.llama import forward_hidden, logits
+
+    ids, prefix = torch.tensor(input_ids), learnt_prefix(model)
+    positions = torch.arange(len(ids)) + (prefix.length if prefix else 0)
+    with torch.no_grad():
+        return logits(model, forward_hidden(model, ids, positions, past=prefix))
+
+
+def write_tokenizer_json(model_file: Path, folder: Path) -> Path:
+    """A SentencePiece model as a hub repository's tokenizer.json holds it, in a new `folder`, which it returns."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    vocab = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
+    splits = [(piece[:at], piece[at:]) for piece in vocab for at in range(1, len(piece))]
+    merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
+    merges.sort(key=lambda pair: (vocab[pair[0] + pair[1]], vocab[pair[0]], vocab[pair[1]]))
+    fast = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    folder.mkdir(parents=True)
+    fast.save(str(folder / "tokenizer.json"))
+    return folder

@@ -15,9 +15,11 @@ from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.attention import Prefix
 from utils.llama import causal_lm
-from utils.model_folder import ADAPTER_CONFIG, ModelFolder
+from utils.model_folder import ADAPTER_CONFIG, ModelFolder, is_whole
 
 TRAINING_CONFIG = "training_config.json"
+DESCRIBED = ("settings", "prompt_template", "bos_ids", "eos_id", "tokenizer_fingerprint", "base_model_fingerprint")
+"""What a training_config.json must hold for an adapter to be used."""
 
 
 def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
@@ -132,7 +134,7 @@ def load_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Modul
                 "The adapter in {folder} does not fit this base model:\n  {error}\nGive the base model that it was "
                 "trained on.",
                 folder=folder,
-                error=str(error).strip().split("\n")[0],
+                error="\n  ".join(line.strip() for line in str(error).strip().split("\n")[:2]),
             )
         ) from error
     for parameter in adapted.parameters():
@@ -142,8 +144,19 @@ def load_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Modul
 
 
 def check_adapter_folder(folder: Path) -> None:
-    """Refuse a folder that holds no adapter, saying what it holds instead."""
+    """Refuse a folder that holds no adapter, or half of one, saying what it holds instead."""
     if (folder / ADAPTER_CONFIG).is_file():
+        broken = [ADAPTER_CONFIG] if not _is_json_object(folder / ADAPTER_CONFIG) else []
+        files = (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
+        broken += [file.name for file in files if file.is_file() and not is_whole(file)]
+        if broken:
+            raise UserError(
+                _(
+                    "The adapter in {folder} is not whole: {files} cut short or damaged. Copy it again.",
+                    folder=folder,
+                    files=", ".join(broken),
+                )
+            )
         return
     if (folder / "config.json").is_file():
         raise UserError(
@@ -163,6 +176,13 @@ def check_adapter_folder(folder: Path) -> None:
     )
 
 
+def _is_json_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
+
+
 def read_training_config(folder: Path) -> dict[str, Any] | None:
     """A folder's training_config.json; None for adapters and models made elsewhere.
 
@@ -171,11 +191,14 @@ def read_training_config(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / TRAINING_CONFIG
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if lacking := [key for key in DESCRIBED if key not in described]:
+            raise ValueError(_("it lacks {keys}", keys=", ".join(lacking)))
+        return described
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(_("{file} is not readable JSON ({error}).", file=path, error=error)) from error
+        raise UserError(_("{file} can't be read ({error}).", file=path, error=error)) from error
 
 
 def check_belongs(adapter_folder: Path, base: ModelFolder, tokenizer: Tokenizer) -> PromptTemplate:

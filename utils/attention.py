@@ -163,4 +163,6 @@ def register() -> None:
     """Make the name PACKED known to transformers."""
     from transformers import AttentionInterface
 
+    # cuDNN's attention makes a new plan for every length, that is, for every token that is generated.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register(PACKED, packed_attention)

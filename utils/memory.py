@@ -19,7 +19,7 @@ def candidate_budgets(longest_example: int, tokens_per_step: int, layers: int) -
     budget = max(longest_example, min(tokens_per_step, 65_536))
     while budget > max(longest_example, 1024):
         budgets.append(budget)
-        budget = max(longest_example, 1024, budget // 2)
+        budget = max(longest_example, 1024, budget * 3 // 4)
     budgets.append(budget)
     yield from ((budget, None) for budget in budgets)
     yield from ((budget, kept) for kept in (layers // 2, 0) for budget in budgets)
@@ -50,6 +50,14 @@ def find_budget(
         if all(answer == "fits" for answer in same_on_all("fits" if fits else "too large")):
             return budget, kept_layers
     return candidates[-1]
+
+
+def limit_memory(world: World, gigabytes: float) -> None:
+    """Let this process take no more than so much of each of its cards, as if they had no more (0 = no limit)."""
+    for device in world.devices:
+        if gigabytes and device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
 
 
 def peak_memory_gb(world: World) -> float:

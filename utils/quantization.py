@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from configs.errors import UserError
+from configs.messages import _
 from configs.quantization import Quantization
 
 NF4_BLOCK = 64
@@ -104,6 +106,10 @@ class Nf4Linear(QuantizedLinear):
         """See QuantizedLinear."""
         from bitsandbytes import functional
 
+        if self.in_features % 2:
+            raise UserError(
+                _("This model has a layer {width} wide; 4 bit needs even widths: use 8bit.", width=self.in_features)
+            )
         # fp32 first: the same stored bits come out whatever dtype the weight file has.
         packed, state = functional.quantize_4bit(
             weight.float().contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True

@@ -67,8 +67,9 @@ def save_result(
     else:
         base = Path(config.model_name)
         frozen = {name: p.detach().cpu() for name, p in model.named_parameters() if name not in state}
-        dtype = model.config.dtype
+        dtype = getattr(torch, stored_dtype(base))
         whole = {name: tensor.to(dtype) for name, tensor in (state | frozen).items()}
+        model.config.dtype = dtype
         model.save_pretrained(str(staging), state_dict=whole, max_shard_size="4GB")
         copy_tokenizer(base, staging, PromptTemplate(**description["prompt_template"]))
     (staging / "README.md").write_text(card, encoding="utf-8")
@@ -78,6 +79,12 @@ def save_result(
     for file in sorted(staging.iterdir(), key=lambda file: file.name == TRAINING_CONFIG):
         file.replace(folder / file.name)
     staging.rmdir()
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype of a base model's files, which a fully trained model is stored in as well."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("dtype") or config.get("torch_dtype") or "float32"
 
 
 def make_readable(folder: Path) -> None:

@@ -1,0 +1,181 @@
+"""A merged model computes what base and adapter compute together."""
+
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from conftest import make_trainer, project_logits, save_adapter, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from configs.errors import UserError
+from configs.peft import LoraConfig
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
+from utils.adapters import load_adapter
+from utils.llama import load_base_model
+from utils.merging import merge
+from utils.model_folder import ModelFolder
+
+SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
+ALL_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+QUANTIZATIONS = pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+
+
+def model_logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([SEQUENCE])).logits[0]
+
+
+def merged_logits(folder) -> torch.Tensor:
+    """The merged folder, loaded as a stranger would."""
+    return model_logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager"))
+
+
+def base_with_adapter(folder, adapter) -> peft.PeftModel:
+    base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+
+
+def do_merge(base, adapter, output, shard_gb: float = 4.0, quantization=None) -> None:
+    merge(ModelFolder(base), adapter, output, PromptTemplate(), shard_gb, quantization)
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model, tmp_path_factory) -> dict:
+    """Adapters of the default modules trained over each kind of base."""
+    folders = {}
+    for quantization in (None, "8bit", "4bit"):
+        output = tmp_path_factory.mktemp(f"adapter-{quantization}")
+        trainer = make_trainer(tiny_model, output, quantization=quantization, lr=0.02, num_epochs=4)
+        train(trainer)
+        folders[quantization] = save_adapter(trainer)
+    return folders
+
+
+@QUANTIZATIONS
+def test_merged_into_the_original_weights_is_peft_over_the_original_base(tiny_model, adapters, tmp_path, quantization):
+    do_merge(tiny_model, adapters[quantization], tmp_path / "merged")
+    expected = model_logits(base_with_adapter(tiny_model, adapters[quantization]))
+    base_alone = model_logits(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
+    torch.testing.assert_close(merged_logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - base_alone).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_merged_with_quantization_is_what_chat_computes_over_the_quantised_base(
+    tiny_model, adapters, tmp_path, quantization
+):
+    adapter = adapters[quantization]
+    do_merge(tiny_model, adapter, tmp_path / "rounded", quantization=quantization)
+    base = load_base_model(ModelFolder(tiny_model), torch.float32, [torch.device("cpu")], quantization)
+    expected = project_logits(load_adapter(base, adapter, torch.float32), SEQUENCE)
+    torch.testing.assert_close(merged_logits(tmp_path / "rounded"), expected, rtol=1e-4, atol=1e-4)
+
+    do_merge(tiny_model, adapter, tmp_path / "original")
+    assert (merged_logits(tmp_path / "original") - expected).abs().max() > 1e-3
+
+
+def test_biases_and_a_tied_head_of_a_bf16_base(grouped_model, tmp_path):
+    settings = LoraConfig(target_modules=ALL_LINEAR)
+    trainer = make_trainer(grouped_model, tmp_path / "adapter", lora_config=settings, lr=0.02)
+    train(trainer)
+    adapter = save_adapter(trainer)
+    do_merge(grouped_model, adapter, tmp_path / "merged")
+    expected = model_logits(base_with_adapter(grouped_model, adapter))
+    unmerged_base = model_logits(LlamaForCausalLM.from_pretrained(grouped_model, dtype=torch.float32))
+    # The merged weights are rounded to bf16 once: 8 bits.
+    error = (merged_logits(tmp_path / "merged") - expected).norm() / (expected - unmerged_base).norm()
+    assert error < 0.05
+    dtypes = {tensor.dtype for _name, tensor in ModelFolder(tmp_path / "merged").tensors()}
+    assert dtypes == {torch.bfloat16}
+
+
+def random_adapter(folder, base, **settings):
+    """An adapter made by PEFT itself, its matrices random."""
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(7)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+        elif "modules_to_save" in name:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    with warnings.catch_warnings():  # PEFT tells that it saves an adapted head's base weight too
+        warnings.simplefilter("ignore")
+        adapted.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "target_modules": ALL_LINEAR, "rank_pattern": {"k_proj": 2, "layers.1.mlp.up_proj": 6}},
+        {"r": 4, "target_modules": ALL_LINEAR, "alpha_pattern": {"q_proj": 32, r".*\.0\.mlp\.(up|gate)_proj": 3}},
+        {
+            "r": 4,
+            "target_modules": ["q_proj", "o_proj"],
+            "use_rslora": True,
+            "rank_pattern": {"o_proj": 9},
+            "alpha_pattern": {"o_proj": 5},
+        },
+        {"r": 4, "target_modules": r".*\.1\.self_attn\.[qkv]_proj"},
+        {"r": 4, "target_modules": ["v_proj"], "layers_to_transform": [1]},
+        {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["lm_head", "norm"]},
+        {"r": 4, "target_modules": ["v_proj", "lm_head"]},
+    ],
+    ids=["rank patterns", "alpha patterns", "rslora", "pattern of names", "some layers", "whole modules", "head"],
+)
+def test_adapters_of_every_shape_merge_as_peft_computes_them(tiny_model, tmp_path, settings):
+    adapter = random_adapter(tmp_path / "adapter", tiny_model, **settings)
+    do_merge(tiny_model, adapter, tmp_path / "merged")
+    expected = model_logits(base_with_adapter(tiny_model, adapter))
+    torch.testing.assert_close(merged_logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_several_shards_hold_the_same_as_one(tiny_model, adapters, tmp_path):
+    do_merge(tiny_model, adapters[None], tmp_path / "one")
+    do_merge(tiny_model, adapters[None], tmp_path / "several", shard_gb=100e-6)
+    files = sorted(tmp_path.glob("several/*.safetensors"))
+    assert len(files) > 2
+    # One tensor alone may be larger than a shard is meant to be: the embedding has 154 kB.
+    assert max(file.stat().st_size for file in files) < 160_000
+    index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert torch.equal(merged_logits(tmp_path / "several"), merged_logits(tmp_path / "one"))
+
+
+def test_merged_folder_brings_tokenizer_chat_template_and_stop_tokens(tiny_model, adapters, tmp_path):
+    merged = tmp_path / "merged"
+    do_merge(tiny_model, adapters[None], merged)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "你好，天气好吗？"}], tokenize=False)
+    prompt = PromptTemplate().render("你好，天气好吗？")
+    assert rendered == "<s>" + prompt
+    text = prompt + "今天天气很好。"
+    assert tokenizer(text).input_ids == Tokenizer(tiny_model).encode(text)
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert model.generation_config.eos_token_id in (2, [2])
+    assert Tokenizer(merged).fingerprint == Tokenizer(tiny_model).fingerprint
+
+
+def test_the_base_is_left_as_it_was_and_a_full_output_folder_is_refused(tiny_model, adapters, tmp_path):
+    before = {file.name: file.read_bytes() for file in tiny_model.iterdir()}
+    (tmp_path / "merged").mkdir()
+    do_merge(tiny_model, adapters[None], tmp_path / "merged")
+    assert {file.name: file.read_bytes() for file in tiny_model.iterdir()} == before
+    with pytest.raises(UserError, match="not empty"):
+        do_merge(tiny_model, adapters[None], tmp_path / "merged")
+
+
+def test_an_adapter_of_another_shape_is_refused_and_leaves_nothing(tiny_model, tmp_path):
+    adapter = random_adapter(tmp_path / "adapter", tiny_model, r=4, target_modules=["v_proj"])
+    config = json.loads((tiny_model / "config.json").read_text())
+    config |= {"num_hidden_layers": 1}
+    smaller = tmp_path / "smaller"
+    LlamaForCausalLM(LlamaForCausalLM.config_class(**config)).save_pretrained(smaller)
+    (smaller / "tokenizer.model").write_bytes((tiny_model / "tokenizer.model").read_bytes())
+    with pytest.raises(UserError, match=r"model\.layers\.1"):
+        do_merge(smaller, adapter, tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "smaller"]

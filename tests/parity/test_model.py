@@ -1,0 +1,152 @@
+"""The project's loading and forward pass against transformers' own, on the same folder."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, project_logits
+from transformers import LlamaForCausalLM
+
+from configs.errors import UserError
+from ft_datasets.tokenizer import Tokenizer
+from utils.attention import KeyValueCache, Segments
+from utils.llama import forward_hidden, load_base_model, logits
+from utils.model_folder import ModelFolder
+
+CPU = torch.device("cpu")
+FOLDERS = pytest.mark.parametrize("folder_name", ["tiny_model", "grouped_model"])
+SEQUENCES = [
+    [1, 300, 301, 302, 303, 2],
+    [1, 420],
+    [1, 555, 410, 333, 278, 599, 261, 480, 481, 482, 2],
+]
+
+
+def load(folder: Path, **more):
+    return load_base_model(ModelFolder(folder), torch.float32, [CPU], **more)
+
+
+def reference_logits(folder: Path, input_ids: list[int]) -> torch.Tensor:
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return model(torch.tensor([input_ids])).logits[0]
+
+
+@pytest.fixture
+def folder(request, folder_name) -> Path:
+    return request.getfixturevalue(folder_name)
+
+
+@FOLDERS
+def test_logits_are_transformers_own(folder):
+    model = load(folder)
+    for input_ids in [*SEQUENCES, Tokenizer(folder).encode("今天天气很好，我们一起去公园散步。 Hello!")]:
+        expected = reference_logits(folder, input_ids)
+        torch.testing.assert_close(project_logits(model, input_ids), expected, rtol=1e-4, atol=1e-4)
+        assert expected.std() > 0.1
+
+
+@FOLDERS
+def test_weights_are_the_files_own(folder):
+    model, reference = load(folder), LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours, theirs = model.state_dict(), reference.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_layers_are_laid_over_the_devices_in_equal_shares(tmp_path):
+    folder = make_model(tmp_path / "model", layers=5)
+    # No second card is needed to see where the weights go: the meta device takes them as well.
+    model = load_base_model(ModelFolder(folder), torch.float32, [CPU, torch.device("meta")])
+    places = [{parameter.device.type for parameter in layer.parameters()} for layer in model.model.layers]
+    assert places == [{"cpu"}, {"cpu"}, {"cpu"}, {"meta"}, {"meta"}]
+    assert model.model.embed_tokens.weight.device.type == "cpu"
+    assert model.model.norm.weight.device.type == model.lm_head.weight.device.type == "meta"
+
+
+@FOLDERS
+def test_packed_examples_come_out_as_each_one_alone(folder):
+    model = load(folder)
+    lengths = [len(ids) for ids in SEQUENCES]
+    row = torch.tensor([token for ids in SEQUENCES for token in ids])
+    positions = torch.tensor([position for length in lengths for position in range(length)])
+    with torch.no_grad():
+        packed = logits(model, forward_hidden(model, row, positions, Segments.of(lengths, CPU)))
+    for input_ids, part in zip(SEQUENCES, packed.split(lengths), strict=True):
+        torch.testing.assert_close(part, reference_logits(folder, input_ids), rtol=1e-4, atol=1e-4)
+
+
+@FOLDERS
+def test_token_by_token_through_the_cache_is_the_same_as_at_once(folder):
+    model, input_ids = load(folder), torch.tensor(SEQUENCES[2])
+    cache, outputs = KeyValueCache(len(input_ids)), []
+    with torch.no_grad():
+        for piece in input_ids.split([4, 1, 1, 1, 1, 1, 1, 1]):
+            positions = torch.arange(cache.length, cache.length + len(piece))
+            outputs.append(logits(model, forward_hidden(model, piece, positions, past=cache)))
+            cache.length += len(piece)
+    torch.testing.assert_close(torch.cat(outputs), reference_logits(folder, SEQUENCES[2]), rtol=1e-4, atol=1e-4)
+
+
+def copy_without_weights(folder: Path, target: Path) -> LlamaForCausalLM:
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+@FOLDERS
+@pytest.mark.parametrize("form", ["several safetensors", "one .bin", "several .bin"])
+def test_every_form_of_weight_files_loads_the_same(folder, form, tmp_path):
+    target = tmp_path / "model"
+    reference = copy_without_weights(folder, target)
+    if form == "several safetensors":
+        reference.save_pretrained(target, max_shard_size="100KB")
+        assert len(list(target.glob("*.safetensors"))) > 2
+    elif form == "one .bin":
+        torch.save(reference.state_dict(), target / "pytorch_model.bin")
+    else:
+        state, weight_map = reference.state_dict(), {}
+        for number in range(2):
+            part = dict(list(state.items())[number::2])
+            torch.save(part, target / f"pytorch_model-{number}.bin")
+            weight_map |= dict.fromkeys(part, f"pytorch_model-{number}.bin")
+        index = str({"metadata": {}, "weight_map": weight_map}).replace("'", '"')
+        (target / "pytorch_model.bin.index.json").write_text(index)
+    ours, theirs = load(target).state_dict(), load(folder).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_folder_without_one_weight_is_refused_by_its_name(tiny_model, tmp_path):
+    target = tmp_path / "model"
+    state = copy_without_weights(tiny_model, target).state_dict()
+    del state["model.layers.1.mlp.up_proj.weight"]
+    torch.save(state, target / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(target)
+
+
+def test_a_weight_of_another_shape_is_refused_by_its_name(tiny_model, tmp_path):
+    target = tmp_path / "model"
+    state = copy_without_weights(tiny_model, target).state_dict()
+    state["model.norm.weight"] = torch.ones(65)
+    torch.save(state, target / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.norm\.weight has shape \(65,\)"):
+        load(target)
+
+
+@FOLDERS
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_quantised_model_is_transformers_own_over_rounded_weights(folder, quantization):
+    from utils.quantization import rounded_weight
+
+    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    for module in reference.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = rounded_weight(module.weight.data, quantization)
+    with torch.no_grad():
+        expected = reference(torch.tensor([SEQUENCES[2]])).logits[0]
+    ours = project_logits(load(folder, quantization=quantization), SEQUENCES[2])
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert (ours - reference_logits(folder, SEQUENCES[2])).abs().max() > 1e-3

@@ -1,0 +1,140 @@
+"""Packed attention against a plain softmax, one query at a time."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from utils.attention import KeyValueCache, Prefix, Segments, packed_attention
+
+HEAD_DIM = 8
+LAYER = SimpleNamespace(layer_idx=0)
+
+
+def random_states(heads: int, kv_heads: int, length: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, heads, length, HEAD_DIM), (1, kv_heads, length, HEAD_DIM), (1, kv_heads, length, HEAD_DIM)]
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+
+def plain_attention(query, key, value, lengths, prefix=None, scaling=None):
+    """A loop over heads and positions; position p of a segment sees the prefix and 0..p of its segment."""
+    heads, group = query.shape[1], query.shape[1] // key.shape[1]
+    rows = []
+    start = 0
+    for length in lengths:
+        for position in range(start, start + length):
+            outputs = []
+            for head in range(heads):
+                keys = key[0, head // group, start : position + 1]
+                values = value[0, head // group, start : position + 1]
+                if prefix:
+                    keys = torch.cat((prefix[0][0, head // group], keys))
+                    values = torch.cat((prefix[1][0, head // group], values))
+                scores = keys @ query[0, head, position] * (scaling or 1 / math.sqrt(HEAD_DIM))
+                weights = scores.exp() / scores.exp().sum()
+                outputs.append(weights @ values)
+            rows.append(torch.stack(outputs))
+        start += length
+    return torch.stack(rows).unsqueeze(0)
+
+
+SHAPES = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
+
+
+@SHAPES
+@pytest.mark.parametrize("lengths", [[9], [4, 1, 4], [1, 1, 7], [3, 6]])
+def test_each_segment_sees_itself_alone_and_nothing_ahead(heads, kv_heads, lengths):
+    query, key, value = random_states(heads, kv_heads, 9)
+    output, weights = packed_attention(LAYER, query, key, value, segments=Segments.of(lengths, query.device))
+    assert weights is None
+    assert output.shape == (1, 9, heads, HEAD_DIM)
+    torch.testing.assert_close(output, plain_attention(query, key, value, lengths))
+
+
+@SHAPES
+def test_without_segments_the_row_is_one(heads, kv_heads):
+    query, key, value = random_states(heads, kv_heads, 6)
+    output, _ = packed_attention(LAYER, query, key, value)
+    torch.testing.assert_close(output, plain_attention(query, key, value, [6]))
+
+
+def test_scaling_is_used():
+    query, key, value = random_states(2, 2, 5)
+    output, _ = packed_attention(LAYER, query, key, value, scaling=0.7)
+    torch.testing.assert_close(output, plain_attention(query, key, value, [5], scaling=0.7))
+
+
+@SHAPES
+def test_gradients(heads, kv_heads):
+    lengths = [3, 1, 4]
+    ours, plain = random_states(heads, kv_heads, 8), random_states(heads, kv_heads, 8)
+    upstream = torch.randn(1, 8, heads, HEAD_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (packed_attention(LAYER, *ours, segments=Segments.of(lengths, ours[0].device))[0] * upstream).sum().backward()
+    (plain_attention(*plain, lengths) * upstream).sum().backward()
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@SHAPES
+@pytest.mark.parametrize("pieces", [[1] * 7, [4, 1, 1, 1], [3, 3, 1], [7]])
+def test_cache_gives_the_same_in_pieces_as_at_once(heads, kv_heads, pieces):
+    query, key, value = (x.detach() for x in random_states(heads, kv_heads, 7))
+    cache = KeyValueCache(10)
+    outputs = []
+    for length in pieces:
+        at = slice(cache.length, cache.length + length)
+        outputs.append(packed_attention(LAYER, query[:, :, at], key[:, :, at], value[:, :, at], past=cache)[0])
+        cache.length += length
+    torch.testing.assert_close(torch.cat(outputs, dim=1), plain_attention(query, key, value, [7]))
+
+
+def test_layers_of_a_cache_are_kept_apart():
+    cache = KeyValueCache(4)
+    first, second = (x.detach() for x in random_states(2, 2, 3)[1:])
+    cache.extend(0, first, first)
+    keys, values = cache.extend(1, second, -second)
+    torch.testing.assert_close(keys, second)
+    torch.testing.assert_close(values, -second)
+
+
+def random_prefix(kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    key, value = (torch.randn(1, kv_heads, 3, HEAD_DIM, dtype=torch.float64, generator=generator) for _ in range(2))
+    return key.requires_grad_(), value.requires_grad_()
+
+
+@SHAPES
+def test_every_segment_sees_the_whole_prefix(heads, kv_heads):
+    lengths = [4, 1, 3]
+    query, key, value = random_states(heads, kv_heads, 8)
+    prefix = random_prefix(kv_heads)
+    segments = Segments.of(lengths, query.device)
+    output, _ = packed_attention(LAYER, query, key, value, segments=segments, past=Prefix([prefix]))
+    torch.testing.assert_close(output, plain_attention(query, key, value, lengths, prefix))
+
+
+def test_gradients_reach_the_prefix():
+    lengths = [4, 1, 3]
+    query, key, value = random_states(4, 2, 8)
+    ours, plain = random_prefix(2), random_prefix(2)
+    segments = Segments.of(lengths, query.device)
+    output, _ = packed_attention(LAYER, query, key, value, segments=segments, past=Prefix([ours]))
+    output.square().sum().backward()
+    plain_attention(query, key, value, lengths, plain).square().sum().backward()
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_cache_that_begins_with_a_prefix():
+    query, key, value = (x.detach() for x in random_states(4, 2, 6))
+    prefix = tuple(x.detach() for x in random_prefix(2))
+    cache = KeyValueCache(3 + 6, Prefix([prefix]))
+    assert cache.length == 3
+    outputs = []
+    for start, length in ((0, 4), (4, 1), (5, 1)):
+        at = slice(start, start + length)
+        outputs.append(packed_attention(LAYER, query[:, :, at], key[:, :, at], value[:, :, at], past=cache)[0])
+        cache.length += length
+    torch.testing.assert_close(torch.cat(outputs, dim=1), plain_attention(query, key, value, [6], prefix))

@@ -1,0 +1,144 @@
+"""Which examples a step takes, how processes share them out, and what a packed row looks like."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from ft_datasets.alpaca_dataset import Example
+from utils.packing import Schedule, pack, share_out
+
+CPU = torch.device("cpu")
+
+
+def some_lengths(count: int, seed: int = 0) -> list[int]:
+    chooser = random.Random(seed)
+    return [chooser.randint(5, 300) for _ in range(count)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch_size", [0, 1, 4])
+def test_every_example_is_shared_out_exactly_once(world_size, micro_batch_size):
+    lengths = some_lengths(41)
+    batches = share_out(lengths, 700, world_size, micro_batch_size)
+    assert sorted(i for batch in batches for i in batch) == list(range(41))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_process_gets_as_many_micro_batches(world_size):
+    batches = share_out(some_lengths(20), 500, world_size)
+    counts = {len(batches[rank::world_size]) for rank in range(world_size)}
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_micro_batch_exceeds_the_token_budget(seed):
+    lengths = some_lengths(37, seed)
+    batches = share_out(lengths, 640, 2)
+    assert max(sum(lengths[i] for i in batch) for batch in batches) <= 640
+
+
+def test_an_example_longer_than_the_budget_gets_a_micro_batch_of_its_own():
+    batches = share_out([1000, 10, 20, 30], 100, 1)
+    assert [0] in batches
+    assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3]
+
+
+def test_micro_batch_size_limits_the_examples_of_a_micro_batch():
+    batches = share_out([10] * 10, 1000, 1, micro_batch_size=3)
+    assert max(map(len, batches)) <= 3
+    assert len(batches) == 4
+
+
+def test_fewer_examples_than_processes_leave_some_without_any():
+    batches = share_out([10, 20], 100, 4)
+    assert len(batches) == 4
+    assert sorted(map(len, batches)) == [0, 0, 1, 1]
+
+
+def test_sharing_out_is_deterministic_and_knows_nothing_of_chance():
+    lengths = some_lengths(64)
+    first = share_out(lengths, 2000, 2)
+    random.seed(5)
+    np.random.seed(5)
+    assert share_out(lengths, 2000, 2) == first
+
+
+def test_totals_of_the_micro_batches_are_nearly_equal():
+    lengths = some_lengths(64)
+    batches = share_out(lengths, 2048, 2)
+    totals = [sum(lengths[i] for i in batch) for batch in batches]
+    assert len(totals) >= 4
+    # In the file's order alone, chunks of 16 examples differ by far more than this.
+    assert max(totals) - min(totals) < 0.02 * max(totals)
+
+
+def schedule(**changes) -> Schedule:
+    settings = {"examples": 23, "global_batch_size": 5, "num_epochs": 3, "max_steps": 0, "seed": 42, **changes}
+    return Schedule(**settings)
+
+
+def epoch_order(plan: Schedule, epoch: int) -> list[int]:
+    first = epoch * plan.steps_per_epoch
+    return np.concatenate([plan.indices(step) for step in range(first, first + plan.steps_per_epoch)]).tolist()
+
+
+def test_each_epoch_is_a_permutation_of_all_examples():
+    plan = schedule()
+    for epoch in range(3):
+        assert sorted(epoch_order(plan, epoch)) == list(range(23))
+
+
+def test_order_differs_between_epochs_and_between_seeds():
+    plan = schedule()
+    orders = [epoch_order(plan, 0), epoch_order(plan, 1), epoch_order(schedule(seed=43), 0)]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_a_steps_examples_depend_on_seed_and_step_alone():
+    plan = schedule()
+    forwards = [plan.indices(step).tolist() for step in range(plan.total_steps)]
+    np.random.seed(1)
+    longer = schedule(num_epochs=7)
+    backwards = [longer.indices(step).tolist() for step in reversed(range(plan.total_steps))]
+    assert backwards[::-1] == forwards
+
+
+def test_order_is_the_same_for_every_batch_size():
+    # Two processes with 4 examples each and one with 8 take the same examples, step by step; a smaller batch walks
+    # through the same order.
+    assert epoch_order(schedule(global_batch_size=8), 1) == epoch_order(schedule(global_batch_size=3), 1)
+
+
+def test_arithmetic_of_steps():
+    plan = schedule()
+    assert plan.steps_per_epoch == 5  # 23 examples: 5 + 5 + 5 + 5 + 3
+    assert plan.total_steps == 15
+    assert [len(plan.indices(step)) for step in range(5)] == [5, 5, 5, 5, 3]
+    assert [plan.epoch_of(step) for step in (0, 4, 5, 14)] == [0, 0, 1, 2]
+    assert [plan.ends_epoch(step) for step in (0, 4, 5, 14)] == [False, True, False, True]
+    assert schedule(max_steps=7).total_steps == 7
+    assert schedule(max_steps=99).total_steps == 15
+
+
+def test_packed_row_of_two_examples_is_as_written_by_hand():
+    # <s> 10 11 | 12 13 </s>   and   <s> 20 | 21 </s>: loss on what stands after the bar.
+    one = Example(1, "", np.array([1, 10, 11, 12, 13, 2], dtype=np.int32), prompt_length=3)
+    two = Example(2, "", np.array([1, 20, 21, 2], dtype=np.int32), prompt_length=2)
+    batch = pack([one, two], CPU)
+    assert batch.input_ids.tolist() == [1, 10, 11, 12, 13, 2, 1, 20, 21, 2]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
+    assert batch.segments.bounds == [0, 6, 10]
+    assert batch.segments.cumulative.tolist() == [0, 6, 10]
+    # 12 is predicted from 11 at row 2, ..., the first </s> from 13 at row 4; nothing predicts the second <s>.
+    assert batch.label_rows.tolist() == [2, 3, 4, 7, 8]
+    assert batch.label_ids.tolist() == [12, 13, 2, 21, 2]
+    assert {x.dtype for x in (batch.input_ids, batch.position_ids, batch.label_rows, batch.label_ids)} == {torch.int64}
+
+
+def test_a_first_token_is_never_a_label_even_without_a_prompt():
+    # A tokenizer without BOS and an empty prompt: nothing stands before the first token that could predict it.
+    batch = pack([Example(1, "", np.array([7, 8, 2], dtype=np.int32), prompt_length=0)], CPU)
+    assert batch.label_rows.tolist() == [0, 1]
+    assert batch.label_ids.tolist() == [8, 2]

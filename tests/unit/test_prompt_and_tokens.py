@@ -1,0 +1,194 @@
+"""The prompt's exact bytes against hand-written ones and Jinja's, token ids against SentencePiece itself."""
+
+import json
+import shutil
+
+import jinja2
+import jinja2.sandbox
+import pytest
+import sentencepiece
+from conftest import write_tokenizer_json
+
+from configs.errors import UserError
+from ft_datasets.alpaca_dataset import Record, encode_records
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
+
+HEADER = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+HEADER_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+RECORDS = [
+    Record(1, "你好，请介绍一下你自己。", "", "我是一个助手。"),
+    Record(2, "翻译成英文", "今天天气很好", "The weather is fine today."),
+    Record(3, "说个表情", "", "😀👩‍👩‍👧‍👦🏳️‍🌈 龘𠮷"),
+    Record(4, "  runs   of    spaces  ", " a  b   c ", "  x\n\n\n  y    z  "),
+    Record(5, "<s>literal</s> <unk>", "</s>", "</s><s>[INST]"),
+    Record(6, "for i in range(10):\n\tprint(i)", "", "0 1 2 2024 3.14\r\n"),
+    Record(7, "！？（全角）", "\ufffd", "：/\ufffd"),
+    Record(8, "é e\u0301 ﬁ ① Ａ", "\u3000", "\u200b\u00a0"),
+]
+
+
+def test_prompts_by_hand():
+    template = PromptTemplate()
+    assert template.render("你好") == HEADER + "### Instruction:\n你好\n\n### Response:"
+    assert template.render("翻译", "天气 {instruction}") == (
+        HEADER_WITH_INPUT + "### Instruction:\n翻译\n\n### Input:\n天气 {instruction}\n\n### Response:"
+    )
+    assert template.render("再说", history=[("你好", "您好 "), ("{response}", "{input}")]) == (
+        HEADER
+        + "### Instruction:\n你好\n\n### Response:您好 \n\n"
+        + "### Instruction:\n{response}\n\n### Response:{input}\n\n"
+        + "### Instruction:\n再说\n\n### Response:"
+    )
+    assert template.stop_text == "\n\n### Instruction:"
+
+
+def test_a_stored_template_is_read_back_to_the_byte():
+    template = PromptTemplate(
+        header="甲\n", instruction="问{instruction}\n", response="答\n", end_of_turn="{response}。\n"
+    )
+    stored = json.loads(json.dumps(template.to_dict()))
+    assert PromptTemplate(**stored) == template
+    assert PromptTemplate(**stored).render("一", history=[("二", "三")]) == "甲\n问二\n答\n三。\n问一\n答\n"
+
+
+def jinja_renders(template: PromptTemplate, messages: list[dict], bos: str = "<s>", eos: str = "</s>") -> str:
+    """What serving programs make of the chat template (transformers' settings of Jinja)."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    source = template.chat_template(bos, eos)
+    rendered = environment.from_string(source).render(messages=messages, add_generation_prompt=True)
+    assert jinja2.Environment().from_string(source).render(messages=messages) == rendered
+    return rendered
+
+
+def as_messages(history, *last: str) -> list[dict]:
+    texts = [text for turn in history for text in turn] + list(last)
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+AWKWARD = PromptTemplate(
+    header="It's \\n {{ a }} {% b %} 甲\n", instruction="{# c #}'{instruction}'\n", end_of_turn='"{response}"\n'
+)
+
+
+@pytest.mark.parametrize("template", [PromptTemplate(), AWKWARD], ids=["default", "awkward"])
+@pytest.mark.parametrize(
+    "history",
+    [
+        [],
+        [("你好", "您好！")],
+        [("  a ", " b\n"), ("{{ 7 * 7 }}", "{% raw %}"), ('it\'s \\n "x"', "### Response:")],
+    ],
+    ids=["one turn", "two turns", "four turns"],
+)
+def test_the_chat_template_is_the_same_prompt(template, history):
+    prompt = template.render(" 问题 ", history=history)
+    assert jinja_renders(template, as_messages(history, " 问题 ")) == "<s>" + prompt
+    assert jinja_renders(template, as_messages(history, " 问题 "), bos="") == prompt
+    assert jinja_renders(template, as_messages(history, " 问题 ", "答 ")) == "<s>" + prompt + "答 </s>"
+
+
+def test_a_system_message_stands_before_the_header():
+    messages = [{"role": "system", "content": "用中文回答"}, *as_messages([], "你好")]
+    assert jinja_renders(PromptTemplate(), messages) == "<s>用中文回答\n\n" + PromptTemplate().render("你好")
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model, tmp_path_factory):
+    """The kinds of folder that a model's tokenizer comes in, all of the same SentencePiece model."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    for name, config in {
+        "tokenizer.model alone": None,
+        "with its config": {
+            "add_bos_token": True,
+            "bos_token": "<s>",
+            "eos_token": {"content": "</s>"},
+            "legacy": False,
+        },
+        "without BOS": {"add_bos_token": False},
+        "with both": {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>"},
+    }.items():
+        (root / name).mkdir()
+        shutil.copyfile(tiny_model / "tokenizer.model", root / name / "tokenizer.model")
+        if config is not None:
+            (root / name / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_tokenizer_json(tiny_model / "tokenizer.model", root / "tokenizer.json alone")
+    shutil.copyfile(root / "tokenizer.json alone" / "tokenizer.json", root / "with both" / "tokenizer.json")
+    return root
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model):
+    return sentencepiece.SentencePieceProcessor(model_file=str(tiny_model / "tokenizer.model"))
+
+
+@pytest.mark.parametrize(
+    "kind", ["tokenizer.model alone", "with its config", "with both", "tokenizer.json alone", "without BOS"]
+)
+def test_ids_and_labels_are_sentencepieces_own(folders, processor, kind):
+    bos = [] if kind == "without BOS" else [1]
+    examples = encode_records(RECORDS, Tokenizer(folders / kind), PromptTemplate(), 4096, print)
+    for record, example in zip(RECORDS, examples, strict=True):
+        header = HEADER_WITH_INPUT if record.input else HEADER
+        middle = f"### Input:\n{record.input}\n\n" if record.input else ""
+        prompt = f"{header}### Instruction:\n{record.instruction}\n\n{middle}### Response:"
+        ids = bos + processor.encode(prompt + record.output) + [2]
+        assert example.text == prompt + record.output
+        assert example.input_ids.tolist() == ids
+        # "\n" merges with nothing in this vocabulary, so the prompt's own tokens are the masked ones.
+        masked = len(bos) + len(processor.encode(prompt))
+        assert example.labels.tolist() == [-100] * masked + ids[masked:]
+        learnt = [label for label in example.labels.tolist() if label != -100]
+        assert learnt[-1] == 2
+        assert processor.decode(ids[: len(ids) - len(learnt)]) + record.output == prompt + record.output
+
+
+@pytest.mark.parametrize("kind", ["with its config", "tokenizer.json alone", "without BOS"])
+def test_many_at_once_and_decoding(folders, processor, kind):
+    tokenizer = Tokenizer(folders / kind)
+    texts = [record.output for record in RECORDS] + ["", " ", "你好"]
+    one_by_one = [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch(texts, threads=2) == one_by_one
+    assert one_by_one == [([] if kind == "without BOS" else [1]) + processor.encode(text) for text in texts]
+    assert [tokenizer.decode([*ids, 2]) for ids in one_by_one] == texts
+
+
+def test_special_ids(folders):
+    for kind in ("tokenizer.model alone", "with its config", "with both", "tokenizer.json alone"):
+        tokenizer = Tokenizer(folders / kind)
+        assert (tokenizer.bos_ids, tokenizer.eos_id, tokenizer.stop_ids) == ([1], 2, {2})
+        assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    without = Tokenizer(folders / "without BOS")
+    assert (without.bos_ids, without.bos_token) == ([], "")
+
+
+def test_every_end_that_the_model_names_stops_an_answer(folders, tmp_path):
+    folder = shutil.copytree(folders / "tokenizer.json alone", tmp_path / "model")
+    (folder / "config.json").write_text('{"eos_token_id": 7}')
+    assert Tokenizer(folder).stop_ids == {2, 7}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert Tokenizer(folder).stop_ids == {2, 5, 6}
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<0x0A>"}')
+    assert Tokenizer(folder).eos_id == json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]["<0x0A>"]
+
+
+def test_the_fingerprint_tells_tokenizers_apart(folders, tmp_path):
+    same = {Tokenizer(folders / kind).fingerprint for kind in ("tokenizer.model alone", "with its config", "with both")}
+    assert len(same) == 1
+    assert Tokenizer(folders / "without BOS").fingerprint not in same
+
+
+def test_folders_without_a_tokenizer_say_what_is_missing(tmp_path, folders):
+    with pytest.raises(UserError, match=r"neither tokenizer\.model nor tokenizer\.json"):
+        Tokenizer(tmp_path)
+    whole = (folders / "with both" / "tokenizer.model").read_bytes()
+    for name, content in (("tokenizer.json", b'{"model": '), ("tokenizer.model", whole[: len(whole) // 2])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} can't be read as a tokenizer"):
+            Tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is not readable JSON"):
+        Tokenizer(tmp_path)

@@ -1,0 +1,168 @@
+"""Quantised linear layers: bitsandbytes' stored bits, and a plain matrix product with the dequantised weight."""
+
+import pytest
+import torch
+from bitsandbytes import functional
+from torch import nn
+
+from utils.quantization import LAYERS, QuantizedLinear, quantize_linears, rounded_weight
+
+SHAPES = [(32, 64), (33, 66), (7, 100), (1, 64), (128, 24)]
+"""Rows that are no whole number of NF4's blocks among them; they hold whole bytes: an even number of weights."""
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BOTH = pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+
+
+def random_weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(shape[0] * 1000 + shape[1])
+    return (torch.randn(shape, generator=generator) * 0.05).to(dtype)
+
+
+def quantized_layer(
+    quantization: str, weight: torch.Tensor, compute: torch.dtype = torch.float32, bias: torch.Tensor | None = None
+) -> QuantizedLinear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer = LAYERS[quantization](linear, compute)
+    layer.quantize_(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def bitsandbytes_weight(quantization: str, weight: torch.Tensor) -> torch.Tensor:
+    """What bitsandbytes' own functions make of a weight."""
+    weight = weight.float()
+    if quantization == "8bit":
+        stored, absmax, _outliers = functional.int8_vectorwise_quant(weight)
+        return functional.int8_vectorwise_dequant(stored, absmax)
+    stored, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    return functional.dequantize_4bit(stored, state)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weight_is_the_one_that_bitsandbytes_dequantises(quantization, shape, dtype):
+    weight = random_weight(shape, dtype)
+    layer = quantized_layer(quantization, weight)
+    expected = bitsandbytes_weight(quantization, weight)
+    assert layer.dequantize().shape == shape
+    torch.testing.assert_close(layer.dequantize(), expected, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 63)], ids=str)
+def test_stored_int8_are_bitsandbytes_own(shape):
+    weight = random_weight(shape)
+    stored, absmax, _outliers = functional.int8_vectorwise_quant(weight)
+    layer = quantized_layer("8bit", weight)
+    assert torch.equal(layer.weight, stored)
+    torch.testing.assert_close(layer.scale.flatten() * 127, absmax.flatten())
+    torch.testing.assert_close(layer.dequantize(), bitsandbytes_weight("8bit", weight), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_stored_nf4_bits_are_bitsandbytes_own(shape):
+    weight = random_weight(shape)
+    stored, _state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(quantized_layer("4bit", weight).weight.flatten(), stored.flatten())
+
+
+@pytest.mark.parametrize(("quantization", "error"), [("8bit", 0.01), ("4bit", 0.11)])
+def test_rounding_error_is_what_so_many_bits_allow(quantization, error):
+    weight = random_weight((128, 256))
+    relative = (rounded_weight(weight, quantization) - weight).norm() / weight.norm()
+    assert error / 4 < relative < error
+
+
+@BOTH
+def test_a_row_of_zeros_stays_zero(quantization):
+    weight = random_weight((8, 64))
+    weight[3] = 0
+    rounded = rounded_weight(weight, quantization)
+    assert torch.isfinite(rounded).all()
+    # NF4's scales are themselves quantised around their mean, so a zero block keeps its exact code for zero.
+    assert torch.equal(rounded[3], torch.zeros(64))
+
+
+@BOTH
+@pytest.mark.parametrize("compute", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_forward_and_backward_are_a_plain_product_with_the_dequantised_weight(quantization, compute, with_bias):
+    weight = random_weight((48, 80))
+    bias = torch.linspace(-1, 1, 48) if with_bias else None
+    layer = quantized_layer(quantization, weight, compute, bias)
+    x = torch.randn(2, 5, 80, generator=torch.Generator().manual_seed(1)).to(compute).requires_grad_()
+    plain_x = x.detach().clone().requires_grad_()
+    plain_weight = bitsandbytes_weight(quantization, weight).to(compute)
+
+    output = layer(x)
+    expected = plain_x @ plain_weight.t()
+    expected = expected + bias.to(compute) if with_bias else expected
+    assert output.dtype == compute
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if compute == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(output, expected, **tolerance)
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(compute)
+    output.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(x.grad, plain_x.grad, **tolerance)
+
+
+@BOTH
+def test_train_and_eval_compute_the_same_function(quantization):
+    layer = quantized_layer(quantization, random_weight((64, 64)))
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        outputs = [layer.train()(x), layer.eval()(x), layer.train()(x)]
+    with_gradient = layer(x.clone().requires_grad_())
+    for other in (*outputs[1:], with_gradient.detach()):
+        assert torch.equal(outputs[0], other)
+
+
+@BOTH
+def test_training_after_an_evaluation_still_gives_gradients(quantization):
+    layer = quantized_layer(quantization, random_weight((64, 64)))
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for _ in range(2):
+        once = x.clone().requires_grad_()
+        layer.train()(once).square().sum().backward()
+        gradients.append(once.grad)
+        with torch.inference_mode():
+            layer.eval()(x)
+    assert gradients[0].abs().sum() > 0
+    assert torch.equal(*gradients)
+
+
+@BOTH
+def test_input_of_another_dtype_is_computed_in_the_layers_own(quantization):
+    layer = quantized_layer(quantization, random_weight((32, 64)), torch.bfloat16)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(layer(x), layer(x.bfloat16()))
+
+
+@BOTH
+def test_weight_is_frozen_and_small(quantization):
+    layer = quantized_layer(quantization, random_weight((128, 256)))
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    bytes_a_weight = {"8bit": 1.0, "4bit": 0.5}[quantization]
+    assert layer.weight.nbytes == 128 * 256 * bytes_a_weight
+    extra = sum(buffer.nbytes for name, buffer in layer.named_buffers() if "code" not in name)
+    assert extra < 0.05 * layer.weight.nbytes
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounded_weight_is_the_layers_weight_in_fp32(quantization, dtype):
+    weight = random_weight((33, 66), dtype)
+    rounded = rounded_weight(weight, quantization)
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, quantized_layer(quantization, weight).dequantize())
+    assert not torch.equal(rounded, weight.float())
+
+
+@BOTH
+def test_every_linear_layer_within_is_replaced(quantization):
+    module = nn.ModuleDict({"a": nn.Linear(64, 32), "b": nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU())})
+    quantize_linears(module, quantization, torch.float32)
+    kinds = {name: type(child) for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    assert kinds == {"a": LAYERS[quantization], "b.0": LAYERS[quantization]}
