@@ -31,7 +31,7 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 catalogue: $(VENV)/.installed-dev
-	@$(BIN)/pybabel compile --directory locale --domain llama2_chinese
+	@$(BIN)/python -m scripts.catalogue
 
 venv: $(VENV)/.installed
 

@@ -118,7 +118,7 @@ def forward_hidden(
     hidden = decoder.embed_tokens(input_ids.unsqueeze(0))
     position_ids = position_ids.unsqueeze(0)
     positions: dict[torch.device, tuple[torch.Tensor, ...]] = {}
-    first_kept = 0 if kept_layers is None else len(decoder.layers) - kept_layers
+    recomputed = 0 if kept_layers is None else len(decoder.layers) - kept_layers
     for index, layer in enumerate(decoder.layers):
         device = layer.input_layernorm.weight.device
         if device not in positions:
@@ -132,7 +132,7 @@ def forward_hidden(
             "segments": segments,
             "past": past,
         }
-        if index < first_kept and torch.is_grad_enabled():
+        if index < recomputed and torch.is_grad_enabled():
             hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)
         else:
             hidden = layer(hidden, **arguments)

@@ -1,6 +1,9 @@
 """Memory: the largest micro-batch that fits, found by trying; and what a run will take, estimated before it starts."""
 
-from collections.abc import Callable, Iterator
+import functools
+import math
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -10,19 +13,18 @@ CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU: enough to fill it, few enough to stay in its caches."""
 
 
-def candidate_budgets(longest_example: int, tokens_per_step: int, layers: int) -> Iterator[tuple[int, int | None]]:
-    """(token budget, layers that keep activations) from the fastest to the most frugal.
+def token_budgets(longest_example: int, tokens_per_step: int) -> list[int]:
+    """Sizes of a micro-batch to try, from a whole step down."""
+    least = max(longest_example, 1024)
+    budgets = [max(longest_example, min(tokens_per_step, 65_536))]
+    while budgets[-1] > least:
+        budgets.append(max(least, budgets[-1] * 3 // 4))
+    return budgets
 
-    A smaller micro-batch costs less speed than computing activations a second time, so that comes last.
-    """
-    budgets = []
-    budget = max(longest_example, min(tokens_per_step, 65_536))
-    while budget > max(longest_example, 1024):
-        budgets.append(budget)
-        budget = max(longest_example, 1024, budget * 3 // 4)
-    budgets.append(budget)
-    yield from ((budget, None) for budget in budgets)
-    yield from ((budget, kept) for kept in (layers // 2, 0) for budget in budgets)
+
+def kept_layer_counts(layers: int) -> list[int]:
+    """How many layers keep their activations, to try: all, then fewer; the others compute them a second time."""
+    return sorted({layers, layers * 3 // 4, layers // 2, layers // 4, 0}, reverse=True)
 
 
 def find_budget(
@@ -30,26 +32,56 @@ def find_budget(
     longest_example: int,
     tokens_per_step: int,
     layers: int,
-    try_step: Callable[[int, int | None], None],
-) -> tuple[int, int | None]:
-    """The first of `candidate_budgets` whose forward and backward pass fits on every process's card.
+    try_step: Callable[[int, int], None],
+) -> tuple[int, int]:
+    """(token budget, layers that keep activations): the fastest pair that fits on every process's card, by measurement.
 
     Args:
-        try_step: makes a full micro-batch of so many tokens go forward and backward; raises OutOfMemoryError.
+        try_step: makes a full micro-batch of so many tokens go forward and backward, so many layers keeping their
+            activations; raises OutOfMemoryError.
     """
     if world.device.type == "cpu":
-        return max(longest_example, CPU_TOKENS), None
-    candidates = list(candidate_budgets(longest_example, tokens_per_step, layers))
-    for budget, kept_layers in candidates:
-        fits = True
-        try:
-            try_step(budget, kept_layers)
-        except torch.cuda.OutOfMemoryError:
-            fits = False
-        torch.cuda.empty_cache()
-        if all(answer == "fits" for answer in same_on_all("fits" if fits else "too large")):
-            return budget, kept_layers
-    return candidates[-1]
+        return max(longest_example, CPU_TOKENS), layers
+    budgets = token_budgets(longest_example, tokens_per_step)
+    best_speed, best = 0.0, (budgets[-1], 0)
+    for kept_layers in kept_layer_counts(layers):
+        for budget in budgets:
+            seconds = _slowest_time(world, functools.partial(try_step, budget, kept_layers))
+            if seconds is None:
+                continue
+            if budget / seconds > best_speed:
+                best_speed, best = budget / seconds, (budget, kept_layers)
+            if budget == budgets[0]:
+                return best  # a whole step at once: recomputing more would only be slower
+            break
+    return best
+
+
+def shrink_until_fits(
+    world: World, longest_example: int, budget: int, kept_layers: int, try_step: Callable[[int, int], None]
+) -> int:
+    """The largest token budget, from `budget` down, whose micro-batch fits; see find_budget."""
+    for smaller in token_budgets(longest_example, budget):
+        if _slowest_time(world, functools.partial(try_step, smaller, kept_layers)) is not None:
+            return smaller
+    return longest_example
+
+
+def _slowest_time(world: World, attempt: Callable[[], None]) -> float | None:
+    """Seconds that `attempt` takes on the slowest process, the second time; None = out of memory."""
+    seconds = 0.0
+    try:
+        attempt()
+        torch.cuda.synchronize(world.device)
+        start = time.perf_counter()
+        attempt()
+        torch.cuda.synchronize(world.device)
+        seconds = time.perf_counter() - start
+    except torch.cuda.OutOfMemoryError:
+        seconds = math.inf
+    torch.cuda.empty_cache()
+    slowest = max(float(answer) for answer in same_on_all(str(seconds)))
+    return None if math.isinf(slowest) else slowest
 
 
 def limit_memory(world: World, gigabytes: float) -> None:

@@ -17,7 +17,7 @@ from configs.quantization import Quantization
 from configs.training import TrainingConfig
 from utils.compiling import should_compile
 from utils.data import Data
-from utils.memory import CPU_TOKENS, candidate_budgets
+from utils.memory import CPU_TOKENS, kept_layer_counts, token_budgets
 from utils.metrics import duration
 from utils.model_folder import ModelFolder
 from utils.packing import Schedule
@@ -99,7 +99,7 @@ def estimate(
     quantization: Quantization | None,
     compute_bytes: int,
     tokens: int,
-    kept_layers: int | None,
+    kept_layers: int,
     compiled: bool,
 ) -> Estimate:
     """Memory of one process with micro-batches of `tokens` tokens."""
@@ -113,7 +113,7 @@ def estimate(
     elements = 4 * shape.intermediate + 6 * shape.hidden + 0.7 * sum(shape.linears()[name][0] for name in targets)
     if compiled:
         elements *= 1.03 if quantization else 0.78
-    kept = shape.layers if kept_layers is None else kept_layers
+    kept = kept_layers
     # A layer that recomputes keeps its input alone; one layer's activations exist at a time.
     kept_elements = kept * elements + (shape.layers - kept) * shape.hidden + (elements if kept < shape.layers else 0)
     activations = tokens * compute_bytes * kept_elements
@@ -155,18 +155,22 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     tokens_per_step = -(-tokens_per_epoch // schedule.steps_per_epoch)
     compute_bytes = precision.compute.itemsize
 
-    def fit(quantization: Quantization | None) -> tuple[Estimate, int, int | None, bool]:
+    def fit(quantization: Quantization | None) -> tuple[Estimate, int, bool]:
+        """The fastest setting that fits (or the most frugal one), its tokens a micro-batch, and whether it fits."""
         if device.type == "cpu":
-            budgets = [(max(longest, CPU_TOKENS), None)]
+            pairs = [(shape.layers, max(longest, CPU_TOKENS))]
         else:
-            budgets = list(candidate_budgets(longest, tokens_per_step, shape.layers))
-        for budget, kept in budgets:
-            found = estimate(config, shape, quantization, compute_bytes, budget, kept, compiled)
-            if found.peak <= available:
-                return found, budget, kept, True
-        return found, budget, kept, False
+            budgets = token_budgets(longest, tokens_per_step)
+            pairs = [(kept, budget) for kept in kept_layer_counts(shape.layers) for budget in budgets]
+        found = [
+            (estimate(config, shape, quantization, compute_bytes, budget, kept, compiled), kept, budget)
+            for kept, budget in pairs
+        ]
+        fitting = [candidate for candidate in found if candidate[0].peak <= available]
+        parts, _kept, budget = max(fitting, key=lambda c: _relative_speed(c[1] / shape.layers, c[2]), default=found[-1])
+        return parts, budget, bool(fitting)
 
-    parts, budget, _kept, _fits = fit(config.quantization)
+    parts, budget, _fits = fit(config.quantization)
     gigabytes = "{:6.2f} GB".format
     print(_("Plan for {model}, {examples} examples", model=folder.path, examples=len(data.training)))
     print(_("  steps        {steps} ({tokens} tokens)", steps=schedule.total_steps, tokens=f"{tokens:,}"))
@@ -193,9 +197,14 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     if config.use_peft:
         print(_("What fits in {available}:", available=gigabytes(available / 1e9)))
         for name, quantization in (("16 bit", None), ("--quantization 8bit", "8bit"), ("--quantization 4bit", "4bit")):
-            found, budget, _kept, fits = fit(quantization)
+            found, budget, fits = fit(quantization)
             verdict = _("fits, rows of {tokens} tokens", tokens=budget) if fits else _("does not fit")
             print(f"  {name:20} {gigabytes(found.peak / 1e9)}  {verdict}")
+
+
+def _relative_speed(kept_share: float, tokens: int) -> float:
+    """Speed of a micro-batch: recomputing costs half a pass again, and small products fill a card badly."""
+    return tokens / (tokens + 300) / (1 + (1 - kept_share) / 2)
 
 
 def _memory_available(config: TrainingConfig, device: torch.device) -> float:

@@ -11,6 +11,7 @@ from ft_datasets.alpaca_dataset import describe_lengths
 from utils import saving
 from utils.checkpoint import run_tensors, size_of
 from utils.distributed import World
+from utils.llama import causal_lm
 from utils.memory import peak_memory_gb
 from utils.metrics import LOSS_PICTURE, METRICS, read_metrics
 from utils.optimization import learning_rate
@@ -57,6 +58,7 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
         )
     )
     say("  " + describe_lengths(data.training))
+    layers = len(causal_lm(trainer.model).model.layers)
     trained = sum(p.numel() for p in trainer.parameters.values())
     total = sum(p.numel() for p in trainer.model.parameters())
     say(
@@ -79,10 +81,11 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
             budget=trainer.token_budget,
             limit=_(", {count} examples at most", count=config.micro_batch_size) if config.micro_batch_size else "",
             recompute=""
-            if trainer.loss_module.kept_layers is None
+            if trainer.loss_module.kept_layers == layers
             else _(
-                "; {count} layers keep their activations, the others recompute them",
-                count=trainer.loss_module.kept_layers,
+                "; {count} of {layers} layers recompute their activations",
+                count=layers - trainer.loss_module.kept_layers,
+                layers=layers,
             ),
         )
     )

@@ -23,7 +23,7 @@ from utils.data import Data
 from utils.distributed import World, sum_across, sum_gradients
 from utils.llama import causal_lm, forward_hidden
 from utils.loss import labelled_cross_entropy
-from utils.memory import find_budget, peak_memory_gb
+from utils.memory import find_budget, peak_memory_gb, shrink_until_fits
 from utils.metrics import Metrics, Progress
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, scale_gradients
 from utils.packing import PackedBatch, pack, share_out
@@ -41,7 +41,7 @@ class ResponseLoss(nn.Module):
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
-        self.kept_layers: int | None = None
+        self.kept_layers = len(causal_lm(model).model.layers)
 
     def forward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
         """`scale` times the sum of the cross-entropies of the batch's labelled tokens."""
@@ -98,9 +98,6 @@ class Trainer:
         self.loss_module = ResponseLoss(model, precision.compute)
         if config.enable_fsdp:
             shard(self.loss_module, config.fsdp_config, world)
-        tokens = sum(map(len, self.training)) / len(self.training) * self.schedule.global_batch_size
-        if should_compile(config.torch_compile, world.device, round(tokens * self.schedule.total_steps)):
-            compile_layers(model)
         self.parameters = trainable_parameters(model)
         self.optimizer = make_optimizer(self.parameters.values(), config)
         self.loss_scale = LossScale.for_dtype(precision.compute)
@@ -110,6 +107,7 @@ class Trainer:
         self.last_eval_loss: float | None = None
         self.last_saved = time.monotonic()
         self.interrupted_by = 0
+        self.loss_module.train()
         if start.checkpoint:
             self._resume(start.checkpoint)
         self._choose_budget()
@@ -133,35 +131,42 @@ class Trainer:
         self.done, self.last_eval_loss = state["step"], state["last_eval_loss"]
 
     def _choose_budget(self) -> None:
-        """Find the largest micro-batch that fits, trying with the longest examples; a resumed run keeps its own."""
-        if self.token_budget:
-            return
-        longest_first = sorted(self.training, key=len, reverse=True)
-        tokens_per_step = sum(map(len, longest_first)) * self.schedule.global_batch_size // len(longest_first)
+        """Find the largest micro-batch that fits, trying with the longest examples; a resumed run keeps its own.
 
-        def try_step(budget: int, kept_layers: int | None) -> None:
-            chosen, total = [], 0
-            for example in longest_first:
-                if chosen and total + len(example) > budget:
-                    break
-                chosen.append(example)
-                total += len(example)
-            self.loss_module.kept_layers = kept_layers
-            try:
-                self.loss_module(pack(chosen, self.world.device, self.longest), 0.0).backward()
-                # The optimizer's state will lie beside the activations.
-                checkpoints.run_tensors(self.parameters, self.optimizer)
-            finally:
-                self.optimizer.zero_grad(set_to_none=True)
+        Layers are compiled only then: every setting that is tried would be compiled anew. Compiled code may take more
+        memory, so the choice is tried once more, and made smaller where needed.
+        """
+        tokens_per_step = round(sum(map(len, self.training)) / len(self.training) * self.schedule.global_batch_size)
+        if not self.token_budget:
+            self.token_budget, self.loss_module.kept_layers = find_budget(
+                self.world,
+                self.longest,
+                -(-tokens_per_step // self.world.size),
+                len(causal_lm(self.model).model.layers),
+                self._try_micro_batch,
+            )
+        tokens = tokens_per_step * (self.schedule.total_steps - self.done)
+        if should_compile(self.config.torch_compile, self.world.device, tokens):
+            compile_layers(self.model)
+            self.token_budget = shrink_until_fits(
+                self.world, self.longest, self.token_budget, self.loss_module.kept_layers, self._try_micro_batch
+            )
 
-        layers = len(causal_lm(self.model).model.layers)
-        self.token_budget, self.loss_module.kept_layers = find_budget(
-            self.world,
-            self.longest,
-            -(-tokens_per_step // self.world.size),
-            layers,
-            try_step,
-        )
+    def _try_micro_batch(self, token_budget: int, kept_layers: int) -> None:
+        """Let the longest examples that fill a micro-batch go forward and backward, and take nothing from it."""
+        chosen, total = [], 0
+        for example in sorted(self.training, key=len, reverse=True):
+            if chosen and total + len(example) > token_budget:
+                break
+            chosen.append(example)
+            total += len(example)
+        self.loss_module.kept_layers = kept_layers
+        try:
+            self.loss_module(pack(chosen, self.world.device, self.longest), 0.0).backward()
+            # The optimizer's state will lie beside the activations.
+            checkpoints.run_tensors(self.parameters, self.optimizer)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def run(self, metrics: Metrics) -> None:
         """Train from `self.done` to the schedule's end, with evaluations and checkpoints on the way.
@@ -171,7 +176,6 @@ class Trainer:
             UserError: the numbers went wrong for good.
         """
         progress = Progress(self.schedule.total_steps, self.done, self.world.is_main)
-        self.loss_module.train()
         with self._signals_noted():
             try:
                 while self.done < self.schedule.total_steps:
@@ -232,7 +236,7 @@ class Trainer:
                             "--max_seq_length, or end other programs on the card."
                         )
                     ) from None
-                self.token_budget = max(self.longest, self.token_budget // 2)
+                self.token_budget = max(self.longest, self.token_budget * 3 // 4)
 
     def _step(self, step: int, rate: float) -> StepResult:
         examples = [self.training[i] for i in self.schedule.indices(step)]
