@@ -115,9 +115,10 @@ def usage(config_class: type) -> str:
     """The text of `--help`: the first paragraph of the class's docstring, then each flag with its meaning."""
     lines = [_(inspect.cleandoc(config_class.__doc__ or "").split("\n\n")[0].replace("\n", " ")), ""]
     for flag in _flags(config_class):
-        default = "" if flag.default in (None, "") else _(" (default {value})", value=flag.default)
+        default = "" if flag.default in (None, "", []) else _(" (default {value})", value=flag.default)
         lines.append(f"  --{flag.name} {flag.type_name}{default}")
-        lines += textwrap.wrap(_(flag.doc), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        doc = _(flag.doc)  # Chinese has no spaces to break at; the terminal does that
+        lines += [" " * 6 + line for line in (textwrap.wrap(doc, 100) if doc.isascii() else [doc])]
     return "\n".join(lines)
 
 
@@ -135,7 +136,7 @@ def _gather(argv: list[str], flags: dict[str, Flag]) -> tuple[dict[str, list[str
             continue
         flag = flags.get(name)
         if flag is None:
-            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.4)
             hint = _("; did you mean --{near}?", near=near[0]) if near else ""
             problems.append(_("unknown flag --{name}", name=name) + hint)
             if tokens and not equals and not tokens[0].startswith("--"):

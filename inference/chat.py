@@ -81,7 +81,7 @@ class Chat:
             name, _space, text = argument.replace("=", " ").partition(" ")
             try:
                 if name not in flags:
-                    raise ValueError(_("known settings: {names}", names=", ".join(flags)))
+                    raise ValueError(_("no such setting; there are {names}", names=", ".join(flags)))
                 before = getattr(self.sampling, name)
                 setattr(self.sampling, name, flags[name].read(text.strip()))
                 if problems := list(Sampling.problems(self.sampling)):

@@ -73,7 +73,7 @@ class Engine:
             raise PromptTooLong(
                 _(
                     "The question, with what was said before, takes {tokens} tokens; this model's context has "
-                    "{context}.",
+                    "{context}. Ask a shorter one, or begin a new conversation.",
                     tokens=len(ids),
                     context=self.context,
                 )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+# Before configs.messages is imported: the tests expect English.
+os.environ |= {"LANGUAGE": "", "LC_ALL": "C.UTF-8"}
 # Before torch is imported: threads that spin while they wait slow down every other process on few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -219,8 +219,8 @@ def check_belongs(adapter_folder: Path, base: ModelFolder, tokenizer: Tokenizer)
         return PromptTemplate(**described["prompt_template"])
     raise UserError(
         _(
-            "The adapter in {adapter} was trained with {what} than {base} has: it was trained on {trained_on}. Give "
-            "that model with --base_model.",
+            "The adapter in {adapter} was trained over {what}, not over {base}: it was trained over {trained_on}. "
+            "Give that model with --base_model.",
             adapter=adapter_folder,
             what=what,
             base=base.path,

@@ -37,6 +37,10 @@ class Segments:
         cumulative = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
         return cls(bounds, cumulative, max(longest, *lengths))
 
+    def to(self, device: torch.device) -> "Segments":
+        """The same segments, for a row on another device."""
+        return Segments(self.bounds, self.cumulative.to(device), self.longest)
+
 
 class PastKeyValues(Protocol):
     """Keys and values from before the row: what packed_attention asks of a cache."""

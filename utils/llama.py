@@ -116,22 +116,20 @@ def forward_hidden(
     """
     decoder = causal_lm(model).model
     hidden = decoder.embed_tokens(input_ids.unsqueeze(0))
-    position_ids = position_ids.unsqueeze(0)
-    positions: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+    arguments: dict[str, Any] = {
+        "attention_mask": None,
+        "position_ids": position_ids.unsqueeze(0),
+        "position_embeddings": decoder.rotary_emb(hidden, position_ids.unsqueeze(0)),
+        "segments": segments,
+        "past": past,
+    }
     recomputed = 0 if kept_layers is None else len(decoder.layers) - kept_layers
     for index, layer in enumerate(decoder.layers):
         device = layer.input_layernorm.weight.device
-        if device not in positions:
+        if device != hidden.device:  # the next card of a model that is laid over several
             hidden = hidden.to(device)
-            cos_sin = decoder.rotary_emb(hidden, position_ids.to(decoder.rotary_emb.inv_freq.device))
-            positions[device] = tuple(x.to(device) for x in cos_sin)
-        arguments: dict[str, Any] = {
-            "attention_mask": None,
-            "position_ids": position_ids,
-            "position_embeddings": positions[device],
-            "segments": segments,
-            "past": past,
-        }
+            arguments["position_embeddings"] = tuple(x.to(device) for x in arguments["position_embeddings"])
+            arguments["segments"] = segments.to(device) if segments else None
         if index < recomputed and torch.is_grad_enabled():
             hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)
         else:

@@ -32,7 +32,7 @@ class ModelFolder:
         path = self.path
         if not path.is_dir():
             parts = [part for part in path.parts if part not in (".", "models")]
-            repo_id = "/".join(parts[-2:]) if len(parts) >= 2 else "NousResearch/Llama-2-7b-hf"
+            repo_id = "/".join(parts) if len(parts) == 2 and not path.is_absolute() else "NousResearch/Llama-2-7b-hf"
             raise UserError(
                 _(
                     "There is no model folder {folder} (seen from {here}). Download it with\n"

@@ -150,3 +150,15 @@ def test_a_quantised_model_is_transformers_own_over_rounded_weights(folder, quan
     ours = project_logits(load(folder, quantization=quantization), SEQUENCES[2])
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     assert (ours - reference_logits(folder, SEQUENCES[2])).abs().max() > 1e-3
+
+
+def test_layers_over_two_devices_never_meet_a_tensor_of_the_other(tiny_model):
+    """The meta device stands for a second card: mixing it with CPU tensors raises, as two cards would."""
+    devices = [CPU, torch.device("meta")]
+    model = load_base_model(ModelFolder(tiny_model), torch.float32, devices)
+    row, positions = torch.arange(3, 15), torch.cat([torch.arange(5), torch.arange(7)])
+    with torch.no_grad():
+        hidden = forward_hidden(model, row, positions, Segments.of([5, 7], CPU))
+        assert hidden.device.type == "meta" and hidden.shape[0] == 12
+        assert model.model.layers[0].mlp.up_proj.weight.device.type == "cpu"
+        assert logits(model, hidden[-1:]).shape == (1, 600)
