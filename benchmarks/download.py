@@ -2,7 +2,7 @@
 
     python benchmarks/download.py                        # a table in Markdown
     python benchmarks/download.py --folder /mnt/disk     # on another disk
-    python benchmarks/download.py --gigabytes 5 --rounds 1
+    python benchmarks/download.py --large 5 --rounds 1   # also one file of 5 GiB, for the memory
 
 Three lines: a server as fast as it can be; one that is 200 ms away and gives each connection 2 MiB/s, as storage hosts
 do; and the memory that a large file takes. The two programs take turns, each into an empty folder; the median counts.
@@ -21,11 +21,11 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from fake_hub import FakeHub
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-from fake_hub import FakeHub  # noqa: E402  (found through the line above)
-
 MIB = 1024**2
 
 
@@ -67,9 +67,8 @@ def compare(hub: FakeHub, name: str, file: Path, copies: int, rounds: int, folde
             results[program].append(measure(command, endpoint, folder))
     ours, hf = (statistics.median(seconds for seconds, _memory in runs) for runs in results.values())
     memory = [max(memory for _seconds, memory in runs) for runs in results.values()]
-    return (
-        f"| {name} | {size:.0f} | {size / ours:.1f} | {size / hf:.1f} | {hf / ours:.2f} | {memory[0]:.0f} | {memory[1]:.0f} |"
-    )
+    rates = f"{size:.0f} | {size / ours:.1f} | {size / hf:.1f} | {hf / ours:.2f}"
+    return f"| {name} | {rates} | {memory[0]:.0f} | {memory[1]:.0f} |"
 
 
 def main() -> None:

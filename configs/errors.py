@@ -1,6 +1,7 @@
 """What a program does when it can't go on: one message for a person, a status for the shell.
 
-Exit status: 0 done, 1 a defect of ours (with a traceback), 2 the user must change something, 128 + n ended by signal n.
+Exit status: 0 done, 1 a defect of ours (with a traceback), 2 the user must change something, 128 + n ended by
+signal n; 3 (model_download.py) the network gave up, run the same command again.
 """
 
 import os

@@ -91,6 +91,7 @@ def joined_world(one_gpu: bool) -> Iterator[World]:
     world = start_world(one_gpu)
     try:
         yield world
+        barrier()  # nobody leaves while another still writes: a process group must not lose members
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

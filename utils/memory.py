@@ -13,10 +13,10 @@ CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU: enough to fill it, few enough to stay in its caches."""
 
 
-def token_budgets(longest_example: int, tokens_per_step: int) -> list[int]:
-    """Sizes of a micro-batch to try, from a whole step down."""
+def token_budgets(longest_example: int, largest_step: int) -> list[int]:
+    """Sizes of a micro-batch to try, from the largest step's tokens down."""
     least = max(longest_example, 1024)
-    budgets = [max(longest_example, min(tokens_per_step, 65_536))]
+    budgets = [max(longest_example, min(largest_step, 65_536))]
     while budgets[-1] > least:
         budgets.append(max(least, budgets[-1] * 3 // 4))
     return budgets
@@ -30,7 +30,7 @@ def kept_layer_counts(layers: int) -> list[int]:
 def find_budget(
     world: World,
     longest_example: int,
-    tokens_per_step: int,
+    largest_step: int,
     layers: int,
     try_step: Callable[[int, int], None],
 ) -> tuple[int, int]:
@@ -42,7 +42,7 @@ def find_budget(
     """
     if world.device.type == "cpu":
         return max(longest_example, CPU_TOKENS), layers
-    budgets = token_budgets(longest_example, tokens_per_step)
+    budgets = token_budgets(longest_example, largest_step)
     best_speed, best = 0.0, (budgets[-1], 0)
     for kept_layers in kept_layer_counts(layers):
         for budget in budgets:

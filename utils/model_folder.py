@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.messages import _
+from utils.download.manifest import unfinished_files
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose decoder is Llama's: embedding, layers of attention and gated MLP under RMSNorm, RoPE."""
@@ -26,6 +27,8 @@ class ModelFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self._read_config()
+        if unfinished := unfinished_files(self.path):
+            raise self._half_there(unfinished)
         self.tensor_files = self._find_tensors()
 
     def _read_config(self) -> dict[str, Any]:

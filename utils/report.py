@@ -119,7 +119,7 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
             "Checkpoints: {when}, {size} MB each, {keep} kept in {folder}. After an interruption the same command "
             "goes on.",
             when=", ".join(when),
-            size=f"{size_of(run_tensors(trainer.parameters, optimizer)) / 1e6:.0f}",
+            size=f"{size_of(run_tensors(trainer.parameters, optimizer)) / 1e6:.1f}",
             keep=config.keep_checkpoints,
             folder=config.checkpoints_dir,
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -136,17 +137,20 @@ class Trainer:
         Layers are compiled only then: every setting that is tried would be compiled anew. Compiled code may take more
         memory, so the choice is tried once more, and made smaller where needed.
         """
-        tokens_per_step = round(sum(map(len, self.training)) / len(self.training) * self.schedule.global_batch_size)
         if not self.token_budget:
+            lengths = np.array([len(example) for example in self.training])
+            steps = range(min(self.schedule.total_steps, 200))
+            largest_step = max(int(lengths[self.schedule.indices(step)].sum()) for step in steps)
             self.token_budget, self.loss_module.kept_layers = find_budget(
                 self.world,
                 self.longest,
-                -(-tokens_per_step // self.world.size),
+                math.ceil(1.02 * largest_step / self.world.size),  # processes do not share a step out quite evenly
                 len(causal_lm(self.model).model.layers),
                 self._try_micro_batch,
             )
-        tokens = tokens_per_step * (self.schedule.total_steps - self.done)
-        if should_compile(self.config.torch_compile, self.world.device, tokens):
+        mean_length = sum(map(len, self.training)) / len(self.training)
+        examples_left = (self.schedule.total_steps - self.done) * self.schedule.global_batch_size
+        if should_compile(self.config.torch_compile, self.world.device, round(mean_length * examples_left)):
             compile_layers(self.model)
             self.token_budget = shrink_until_fits(
                 self.world, self.longest, self.token_budget, self.loss_module.kept_layers, self._try_micro_batch
