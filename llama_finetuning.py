@@ -37,14 +37,18 @@ def main(argv: list[str]) -> None:
     if config.preview:
         preview(config, tokenizer, template)
     elif config.plan:
+        from utils.quiet import quiet_libraries
+
+        quiet_libraries()
         from utils.plan import print_plan
 
         print_plan(config, folder, load_data(config, tokenizer, template, report=print))
     else:
-        from utils.distributed import joined_world
         from utils.quiet import quiet_libraries
 
         quiet_libraries()
+        from utils.distributed import joined_world
+
         with joined_world(config.one_gpu) as world:
             fine_tune(config, world, folder, tokenizer, template)
 
@@ -60,7 +64,7 @@ def fine_tune(
     from utils.memory import limit_memory
     from utils.metrics import Metrics, draw_losses
     from utils.precision import choose_precision
-    from utils.run_folder import find_start, hold_folder
+    from utils.run_folder import find_start, hold_folder, run_identity
     from utils.saving import describe_run, save_result, write_training_config
     from utils.sharding import whole_state
     from utils.training import Trainer
@@ -77,7 +81,7 @@ def fine_tune(
         "prompt_template": repr(template),
     }
     start = decide_on_main(world, lambda: find_start(config, world.size, len(data.training), fingerprints))
-    check_ranks_agree(start.identity)
+    check_ranks_agree(run_identity(config, start.schedule, fingerprints))
     report.start_notes(start, output, say)
     if start.is_finished:
         return
@@ -89,6 +93,7 @@ def fine_tune(
     model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)
 
     trainer = Trainer(config, world, model, precision, data, start)
+    decide_on_main(world, trainer.check_disk_space)
     report.before_first_step(trainer, data, say)
     description = describe_run(config, tokenizer, template, fingerprints["base_model"])
     if world.is_main:

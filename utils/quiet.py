@@ -1,4 +1,7 @@
-"""Libraries talk to developers; a user's terminal is for the user."""
+"""Libraries made good neighbours: quiet on the user's terminal, and no waste of a shared CPU.
+
+Called before torch is imported, since OpenMP reads its settings then.
+"""
 
 import logging
 import os
@@ -8,6 +11,8 @@ import warnings
 def quiet_libraries() -> None:
     """Silence warnings, log lines and progress bars of the libraries; errors still raise."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that spin while they wait make every other busy process, and so themselves, several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # Models are read from folders; nothing here may wait for a hub that does not answer.

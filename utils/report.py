@@ -58,6 +58,13 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
         )
     )
     say("  " + describe_lengths(data.training))
+    if sum(e.response_length for e in data.training) < 0.01 * sum(map(len, data.training)):
+        say(
+            _(
+                "  Less than 1 % of the tokens carry loss: the answers are very short beside the questions. "
+                "Is that meant?"
+            )
+        )
     layers = len(causal_lm(trainer.model).model.layers)
     trained = sum(p.numel() for p in trainer.parameters.values())
     total = sum(p.numel() for p in trainer.model.parameters())

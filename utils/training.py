@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import math
+import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from utils.packing import PackedBatch, pack, share_out
 from utils.precision import Precision
 from utils.run_folder import Start
 from utils.sharding import is_sharded, shard
+from utils.watch import LossWatch
 
 MAX_FAILED_STEPS = 10
 """Steps in a row whose gradient may be infinite or not a number before the run stops."""
@@ -105,6 +107,7 @@ class Trainer:
         self.token_budget = 0
         self.done = 0
         self.failed_in_a_row = 0
+        self.watch = LossWatch()
         self.last_eval_loss: float | None = None
         self.last_saved = time.monotonic()
         self.interrupted_by = 0
@@ -172,6 +175,31 @@ class Trainer:
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 
+    def check_disk_space(self) -> None:
+        """Refuse a run whose checkpoints would fill the disk.
+
+        Raises:
+            UserError: there is too little room.
+        """
+        folder = self.config.checkpoints_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        optimizer = self.optimizer if self.config.save_optimizer else None
+        tensors = checkpoints.run_tensors(self.parameters, optimizer)
+        # The newest is written before the oldest goes; the result is as large as the weights.
+        sizes = checkpoints.size_of(tensors) * (self.config.keep_checkpoints + 1)
+        needed = sizes + checkpoints.size_of({"weights": tensors["weights"]})
+        free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        if needed > free:
+            raise UserError(
+                _(
+                    "Checkpoints and result take up to {needed} GB, and the disk of {folder} has {free} GB. Make room, "
+                    "keep fewer (--keep_checkpoints 1), or put them elsewhere (--dist_checkpoint_root_folder).",
+                    needed=f"{needed / 1e9:.2f}",
+                    folder=folder,
+                    free=f"{free / 1e9:.2f}",
+                )
+            )
+
     def run(self, metrics: Metrics) -> None:
         """Train from `self.done` to the schedule's end, with evaluations and checkpoints on the way.
 
@@ -211,6 +239,8 @@ class Trainer:
         metrics.write(**line)
         progress.update(self.done, result.loss, speed, memory)
         self._guard(result, progress)
+        if result.applied and (warning := self.watch.update(self.done, result.loss)):
+            progress.say(warning)
         is_last = self.done == self.schedule.total_steps
         interrupt = int(sum_across([self.interrupted_by], self.world.device)[0])
         if self.held_out and not interrupt and (is_last or self.schedule.ends_epoch(step)):

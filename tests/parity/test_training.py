@@ -1,5 +1,7 @@
 """Training against loops written out with transformers, PEFT and torch alone."""
 
+import shutil
+
 import numpy as np
 import peft
 import pytest
@@ -8,6 +10,7 @@ from conftest import make_trainer, project_logits, save_adapter, train
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
+from configs.errors import UserError
 from configs.peft import LoraConfig, PrefixConfig
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import encode_records, load_records
@@ -285,3 +288,16 @@ def test_held_out_examples_are_not_trained_on(tiny_model, data_file):
     config.seed = 43
     again = load_data(config, tokenizer, PromptTemplate(), report=print)
     assert {example.number for example in again.held_out} != held_out
+
+
+def test_a_run_that_would_fill_the_disk_is_refused(tiny_model, tmp_path, monkeypatch):
+    """LoRA r=8 on q and v of two layers: 4 thin matrices of 8 x 64 and 4 of 64 x 8; weights and Adam's two moments."""
+    trainer = make_trainer(tiny_model, tmp_path / "out", keep_checkpoints=2)
+    numbers = 8 * 8 * 64
+    needed = 4 * numbers * 3 * 3 + 4 * numbers
+    roomy, tight = needed + 1000, needed - 1000
+    monkeypatch.setattr("utils.training.shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(0, 0, roomy))
+    trainer.check_disk_space()
+    monkeypatch.setattr("utils.training.shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(0, 0, tight))
+    with pytest.raises(UserError, match="--keep_checkpoints"):
+        trainer.check_disk_space()
