@@ -10,13 +10,12 @@ from configs.command_line import parse
 from configs.errors import run_main
 from configs.inference import ApiConfig
 from configs.messages import _
+from utils.quiet import quiet_libraries
 
 
 def main(argv: list[str]) -> None:
     """Load the model, serve it."""
     config = parse(ApiConfig, argv)
-
-    from utils.quiet import quiet_libraries
 
     quiet_libraries()
     from inference.api import listen, make_app, serve

@@ -15,13 +15,12 @@ from configs.command_line import parse
 from configs.errors import run_main
 from configs.inference import ChatConfig
 from configs.messages import _
+from utils.quiet import quiet_libraries
 
 
 def main(argv: list[str]) -> None:
     """Load the model; answer one question, or talk."""
     config = parse(ChatConfig, argv)
-
-    from utils.quiet import quiet_libraries
 
     quiet_libraries()
     from inference.chat import Chat, answer_once

@@ -24,6 +24,7 @@ from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.data import load_data
 from utils.model_folder import ModelFolder
+from utils.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from utils.distributed import World
@@ -34,19 +35,14 @@ def main(argv: list[str]) -> None:
     config = parse(TrainingConfig, argv)
     folder = ModelFolder(config.model_name)
     tokenizer, template = Tokenizer(folder.path), PromptTemplate()
+    quiet_libraries()
     if config.preview:
         preview(config, tokenizer, template)
     elif config.plan:
-        from utils.quiet import quiet_libraries
-
-        quiet_libraries()
         from utils.plan import print_plan
 
         print_plan(config, folder, load_data(config, tokenizer, template, report=print))
     else:
-        from utils.quiet import quiet_libraries
-
-        quiet_libraries()
         from utils.distributed import joined_world
 
         with joined_world(config.one_gpu) as world:

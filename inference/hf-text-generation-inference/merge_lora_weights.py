@@ -19,6 +19,7 @@ from configs.messages import _
 from ft_datasets.tokenizer import Tokenizer
 from utils.adapters import check_adapter_folder, check_belongs
 from utils.model_folder import ModelFolder
+from utils.quiet import quiet_libraries
 
 
 def main(argv: list[str]) -> None:
@@ -28,8 +29,6 @@ def main(argv: list[str]) -> None:
     base = ModelFolder(config.base_model)
     check_adapter_folder(adapter)
     template = check_belongs(adapter, base, Tokenizer(base.path))
-
-    from utils.quiet import quiet_libraries
 
     quiet_libraries()
     from utils.merging import merge
