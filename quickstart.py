@@ -161,12 +161,12 @@ def train_tokenizer(corpus: list[dict[str, str]], folder: Path) -> None:
 
 def write_random_weights(folder: Path) -> None:
     """A freshly initialised Llama as a hub repository would hold it."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from utils.quiet import quiet_libraries
 
     quiet_libraries()
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=TINY["vocab_size"],

@@ -6,8 +6,8 @@ BEGINNING = 10
 """Steps whose mean loss is what later ones are compared with."""
 PATIENCE = 100
 """Steps after which a run should have learnt something."""
-SPIKE = 1.5
-"""A loss this many times the recent mean is worth a word."""
+SPIKE = 1.0
+"""A loss this far above the recent mean, and twice as high, is worth a word; less is the noise of small batches."""
 
 
 class LossWatch:
@@ -30,7 +30,7 @@ class LossWatch:
         if self.steps <= BEGINNING:
             self.first_mean += loss / BEGINNING
             return ""
-        if loss > SPIKE * usual and step >= self.quiet_until:
+        if loss > usual + max(SPIKE, usual) and step >= self.quiet_until:
             self.quiet_until = step + PATIENCE
             return _(
                 "step {step}: the loss jumped from about {usual} to {loss}. If it does not come down again, lower "
