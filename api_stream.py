@@ -28,8 +28,10 @@ def main(argv: list[str]) -> None:
         sessions = StreamSessions()
         url = f"http://{config.host}:{listener.getsockname()[1]}"
         print(_("Ready: POST {url}/stream (Ctrl-C ends it)", url=url), flush=True)
-        serve(make_app(engine, config, sessions), listener)
-        sessions.close()
+        try:
+            serve(make_app(engine, config, sessions), listener)
+        finally:
+            sessions.close()
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ See what the model will see:
 """
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.command_line import parse
-from configs.errors import run_main
+from configs.errors import UserError, run_main
 from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
     config = parse(TrainingConfig, argv)
     folder = ModelFolder(config.model_name)
     tokenizer, template = Tokenizer(folder.path), PromptTemplate()
+    folder.check_vocabulary(tokenizer.vocab_size)
     quiet_libraries()
     if config.preview:
         preview(config, tokenizer, template)
@@ -45,6 +47,10 @@ def main(argv: list[str]) -> None:
     else:
         from utils.distributed import joined_world
 
+        if config.enable_fsdp and "RANK" not in os.environ:
+            raise UserError(
+                _("--enable_fsdp needs processes to share among: torchrun --nproc_per_node 2 llama_finetuning.py …")
+            )
         with joined_world(config.one_gpu) as world:
             fine_tune(config, world, folder, tokenizer, template)
 
@@ -98,12 +104,14 @@ def fine_tune(
     trainer.run(metrics)
     metrics.close()
 
-    state = whole_state(trainer.parameters, world.is_main)
+    state = whole_state(trainer.parameters if config.use_peft else dict(model.named_parameters()), world.is_main)
     if world.is_main:
-        draw_losses(output)
+        description["trained_steps"] = trainer.done
         if config.save_model:
-            description["trained_steps"] = trainer.done
             save_result(config, model, state, description, report.model_card(trainer, output))
+        else:
+            write_training_config(output, description)
+        draw_losses(output)
     report.after_last_step(trainer, output, say)
 
 

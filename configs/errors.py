@@ -4,6 +4,7 @@ Exit status: 0 done, 1 a defect of ours (with a traceback), 2 the user must chan
 signal n; 3 (model_download.py) the network gave up, run the same command again.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -40,7 +41,17 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     except BrokenPipeError:  # `generate.py --prompt … | head` closes our standard output: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        _leave(_("The disk is full ({error}). Make room, then give the same command again.", error=error), 2)
     sys.exit(0)
+
+
+def _is_full_disk(error: Exception) -> bool:
+    # safetensors has an exception of its own, which carries the system's number in its text alone.
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in numbers or any(f"os error {number})" in str(error) for number in numbers)
 
 
 def _leave(message: str, status: int) -> NoReturn:

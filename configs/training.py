@@ -125,7 +125,11 @@ class TrainingConfig:
     @property
     def checkpoints_dir(self) -> Path:
         """Where the run's checkpoints lie."""
-        return Path(self.dist_checkpoint_root_folder or self.output_dir) / self.dist_checkpoint_folder
+        if not self.dist_checkpoint_root_folder:
+            return Path(self.output_dir) / self.dist_checkpoint_folder
+        # Runs may share the root, so each has a folder of its own.
+        own = f"{self.dist_checkpoint_folder}-{Path(self.output_dir).resolve().name}"
+        return Path(self.dist_checkpoint_root_folder) / own
 
     def problems(self) -> Iterator[str]:
         """What is out of range, and which settings do not go together."""
@@ -154,6 +158,9 @@ class TrainingConfig:
                 "or leave --quantization out for full fine-tuning",
                 bits=self.quantization,
             )
+        yield from self._without_effect()
+        if self.val_set_size >= 1 and self.val_set_size != int(self.val_set_size):
+            yield _("--val_set_size {value}: below 1 it is a share, from 1 on a whole number", value=self.val_set_size)
         if self.use_peft and self.freeze_layers:
             yield _("--freeze_layers is for full fine-tuning: with --use_peft the whole base model is frozen already")
         if self.use_fp16 and not self.mixed_precision:
@@ -165,3 +172,19 @@ class TrainingConfig:
             )
         if self.use_peft and self.peft_method != "lora" and self.enable_fsdp:
             yield _("--enable_fsdp shards LoRA and full fine-tuning only: use --peft_method lora")
+
+    def _without_effect(self) -> Iterator[str]:
+        """Settings that were changed although another one makes them do nothing."""
+        defaults = type(self)()
+        conditions = {
+            "peft_method lora_config llama_adapter_config prefix_config": (self.use_peft, "--use_peft"),
+            "gamma": (self.scheduler == "step", "--scheduler step"),
+            "warmup_ratio": (self.scheduler == "cosine", "--scheduler cosine"),
+            "num_freeze_layers": (self.freeze_layers, "--freeze_layers"),
+            "fsdp_config": (self.enable_fsdp, "--enable_fsdp"),
+            "gradient_clipping_threshold": (self.gradient_clipping, "--gradient_clipping"),
+        }
+        for names, (is_used, needed) in conditions.items():
+            for name in names.split():
+                if not is_used and getattr(self, name) != getattr(defaults, name):
+                    yield _("--{name} has an effect only with {needed}", name=name, needed=needed)

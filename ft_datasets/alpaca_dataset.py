@@ -224,9 +224,19 @@ def split_examples(examples: Sequence[Example], val_set_size: float, seed: int) 
         examples: all of them.
         val_set_size: below 1 a share, of which 200 examples at most are taken; otherwise their number.
         seed: fixes the choice.
+
+    Raises:
+        UserError: nothing would be left to train on.
     """
     count = min(200, round(len(examples) * val_set_size)) if val_set_size < 1 else int(val_set_size)
-    count = max(0, min(count, len(examples) - 1))
+    if count >= len(examples):
+        raise UserError(
+            _(
+                "--val_set_size {count} leaves nothing of the {total} examples to train on.",
+                count=count,
+                total=len(examples),
+            )
+        )
     held_out = set(np.random.default_rng([seed, 0x5EED]).permutation(len(examples))[:count].tolist())
     training = [example for i, example in enumerate(examples) if i not in held_out]
     return training, [examples[i] for i in sorted(held_out)]

@@ -73,7 +73,7 @@ class PromptTemplate:
 
 
 def _fill(template: str, **values: str) -> str:
-    # str.format would stumble over braces in the values' places only, but a template may hold braces of its own.
+    # Not str.format: a template may hold braces of its own.
     for name, value in values.items():
         template = template.replace("{" + name + "}", value)
     return template

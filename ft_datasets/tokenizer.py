@@ -22,6 +22,8 @@ class _Backend(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
 
+    vocab_size: int
+
 
 class _SentencePiece:
     def __init__(self, path: Path) -> None:
@@ -50,6 +52,7 @@ class _FastTokenizer:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True
+        self.vocab_size = self.tokenizer.get_vocab_size()
 
     def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         return [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -75,6 +78,7 @@ class Tokenizer:
         bos_ids: what stands before every text; [] for models without BOS.
         eos_id: what ends every answer.
         stop_ids: every id that ends an answer in generation (eos_id among them).
+        vocab_size: how many tokens there are.
         fingerprint: a hash over the files that define the tokens.
     """
 
@@ -99,6 +103,7 @@ class Tokenizer:
         except Exception as error:  # sentencepiece and tokenizers raise types of their own for a broken file
             raise UserError(_("{file} can't be read as a tokenizer ({error}).", file=source, error=error)) from error
 
+        self.vocab_size = self._backend.vocab_size
         eos_of_model = _as_list(generation.get("eos_token_id")) or _as_list(model_config.get("eos_token_id"))
         self.eos_id = self._special_id(config, "eos_token", "</s>", eos_of_model)
         self.eos_token = self._token_text(config, "eos_token", "</s>")

@@ -23,6 +23,7 @@ def load_engine(base_model: str, lora_weights: str, quantization: Quantization |
     if adapter:
         check_adapter_folder(adapter)
     tokenizer = Tokenizer(base.path)
+    base.check_vocabulary(tokenizer.vocab_size)
     if adapter:
         template = check_belongs(adapter, base, tokenizer)
     else:

@@ -311,6 +311,7 @@ def test_two_downloads_at_once_share_the_work(endpoint, tmp_path):
         stdout=subprocess.DEVNULL,
     )
     while not (tmp_path / MANIFEST_NAME).exists():
+        assert first_began.poll() is None
         time.sleep(0.01)
     thread.start()
     assert first_began.wait() == 0

@@ -54,8 +54,12 @@ def start_world(one_gpu: bool) -> World:
     _end_with_parent()
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > count:
+            raise UserError(
+                _("More processes than cards: torchrun --nproc_per_node {count} at most on this machine.", count=count)
+            )
         if size > 1 or one_gpu:
-            devices = [torch.device("cuda", local_rank % count)]
+            devices = [torch.device("cuda", local_rank)]
         else:
             devices = [torch.device("cuda", index) for index in range(count)]
         torch.cuda.set_device(devices[0])

@@ -1,4 +1,4 @@
-"""Memory: the largest micro-batch that fits, found by trying; and what a run will take, estimated before it starts."""
+"""Memory: the largest micro-batch that fits, found by trying."""
 
 import functools
 import math

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from configs.errors import UserError
@@ -132,7 +133,7 @@ def merge(
     Raises:
         UserError: `output` holds something already, the disk is too small, or base and adapter do not fit together.
     """
-    delta = LoraDelta(adapter)
+    delta, output = LoraDelta(adapter), output.resolve()
     if output.is_dir() and any(output.iterdir()):
         raise UserError(_("{folder} is not empty. Give another --output_dir, or remove it.", folder=output))
     staging = output.with_name(output.name + ".unfinished")
@@ -159,9 +160,9 @@ def merge(
         if output.is_dir():
             output.rmdir()
         staging.rename(output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            _("{folder} can't be written ({error}).", folder=output, error=error.strerror or error)
+            _("{folder} can't be written ({error}).", folder=output, error=getattr(error, "strerror", None) or error)
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

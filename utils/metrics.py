@@ -74,7 +74,7 @@ def draw_losses(folder: Path) -> None:
 
     lines = read_metrics(folder)
     train = [(line["step"], line["train_loss"]) for line in lines if line.get("train_loss") is not None]
-    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     if train:
         steps, losses = zip(*train, strict=True)
@@ -82,7 +82,8 @@ def draw_losses(folder: Path) -> None:
         axes.plot(steps, _smooth(losses), color="#1f5fa8", linewidth=2, label="training, smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="#c8553d", marker="o", linewidth=2, label="held out")
-    axes.set(xlabel="optimizer step", ylabel="loss a response token", title=folder.resolve().name)
+    axes.set(xlabel="optimizer step", ylabel="loss a response token")
+    axes.set_title(folder.resolve().name, parse_math=False)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -119,6 +119,23 @@ class ModelFolder:
             )
         )
 
+    def check_vocabulary(self, tokens: int) -> None:
+        """Refuse a tokenizer that knows more tokens than the model has embeddings for.
+
+        Raises:
+            UserError: the tokenizer was laid into the folder of another model.
+        """
+        if tokens > self.config["vocab_size"]:
+            raise UserError(
+                _(
+                    "{folder}: the tokenizer has {tokens} tokens, the model {embeddings}: it is not this model's "
+                    "tokenizer. Take the tokenizer's files from the repository that the weights came from.",
+                    folder=self.path,
+                    tokens=tokens,
+                    embeddings=self.config["vocab_size"],
+                )
+            )
+
     def tensors(self) -> Iterator[tuple[str, Any]]:
         """Yield (name, tensor) of every weight, one at a time, on the CPU; nothing else stays in memory."""
         by_file: dict[Path, list[str]] = {}

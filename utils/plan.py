@@ -17,13 +17,13 @@ from configs.quantization import Quantization
 from configs.training import TrainingConfig
 from utils.compiling import should_compile
 from utils.data import Data
+from utils.loss import CHUNK
 from utils.memory import CPU_TOKENS, kept_layer_counts, token_budgets
 from utils.metrics import duration
 from utils.model_folder import ModelFolder
 from utils.packing import Schedule
 from utils.precision import choose_precision
 
-LOGITS_ROWS = 1024
 SHARE_OF_MATMUL = {"compiled": 0.55, "plain": 0.34}
 """Speed of a training step as a share of a plain large matrix product's (LoRA, measured)."""
 
@@ -113,11 +113,11 @@ def estimate(
     elements = 4 * shape.intermediate + 6 * shape.hidden + 0.7 * sum(shape.linears()[name][0] for name in targets)
     if compiled:
         elements *= 1.03 if quantization else 0.78
-    kept = kept_layers
     # A layer that recomputes keeps its input alone; one layer's activations exist at a time.
-    kept_elements = kept * elements + (shape.layers - kept) * shape.hidden + (elements if kept < shape.layers else 0)
+    recomputed = shape.layers - kept_layers
+    kept_elements = kept_layers * elements + recomputed * shape.hidden + (elements if recomputed else 0)
     activations = tokens * compute_bytes * kept_elements
-    logits = 4.0 * LOGITS_ROWS * shape.vocabulary * 2
+    logits = 4.0 * CHUNK * shape.vocabulary * 2
     return Estimate(weights, trainable, activations, logits)
 
 

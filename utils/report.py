@@ -121,10 +121,12 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
     if config.save_minutes:
         when.append(_("every {minutes} minutes", minutes=f"{config.save_minutes:g}"))
     when.append(_("on Ctrl-C or kill, and at the end"))
+    if not config.save_optimizer:
+        say(_("Without the optimizer (--save_optimizer False) this run can't go on after an interruption."))
     say(
         _(
-            "Checkpoints: {when}, {size} MB each, {keep} kept in {folder}. After an interruption the same command "
-            "goes on.",
+            "Checkpoints: {when}, {size} MB each, {keep} kept in {folder}.{goes_on}",
+            goes_on=_(" After an interruption the same command goes on.") if config.save_optimizer else "",
             when=", ".join(when),
             size=f"{size_of(run_tensors(trainer.parameters, optimizer)) / 1e6:.1f}",
             keep=config.keep_checkpoints,
@@ -148,7 +150,13 @@ def after_last_step(trainer: "Trainer", output: Path, say: Say) -> None:
             else _(", held-out loss {loss}", loss=f"{trainer.last_eval_loss:.3f}"),
         )
     )
-    say(_("In {folder}: {files}", folder=output, files=", ".join([METRICS, LOSS_PICTURE, "README.md"])))
+    say(
+        _(
+            "In {folder}: {files}",
+            folder=output,
+            files=", ".join([METRICS, LOSS_PICTURE, *(["README.md"] if config.save_model else [])]),
+        )
+    )
     if config.save_model:
         say(_("Talk to it:  {command}", command=saving.chat_command(config)))
 

@@ -19,6 +19,20 @@ from utils.packing import Schedule
 LOCK = ".lock"
 WAIT_FOR_LOCK_SECONDS = 15
 
+RUN_FILES = (
+    "adapter_*",
+    "training_config.json",
+    "metrics.jsonl",
+    "loss.png",
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "tokenizer*",
+    "special_tokens_map.json",
+)
+"""What a run writes into its output folder, beside checkpoints."""
+
 WITHOUT_EFFECT_ON_RESULT = frozenset(
     "model_name output_dir batch_size_training micro_batch_size num_epochs max_steps num_workers_dataloader "
     "run_validation val_batch_size save_model save_steps save_minutes keep_checkpoints save_optimizer resume "
@@ -99,19 +113,28 @@ def find_start(config: TrainingConfig, world_size: int, examples: int, fingerpri
     """
     checkpoint, notes = _find_checkpoint(config)
     global_batch_size = config.batch_size_training * world_size
-    if checkpoint and checkpoint.state["world_size"] != world_size:
+    if checkpoint:
         before = checkpoint.state
+        if not before["has_optimizer"]:
+            raise UserError(
+                _(
+                    "{path} was written with --save_optimizer False, so the run can't go on from it. To begin anew: "
+                    "--resume none.",
+                    path=checkpoint.path,
+                )
+            )
         if before["batch_size_training"] == config.batch_size_training:
             global_batch_size = before["identity"]["global_batch_size"]
-        notes.append(
-            _(
-                "The run was made by {old} processes and goes on with {new}: {batch} examples a step, in the same "
-                "order.",
-                old=before["world_size"],
-                new=world_size,
-                batch=global_batch_size,
+        if before["world_size"] != world_size:
+            notes.append(
+                _(
+                    "The run was made by {old} processes and goes on with {new}: {batch} examples a step, in the same "
+                    "order.",
+                    old=before["world_size"],
+                    new=world_size,
+                    batch=global_batch_size,
+                )
             )
-        )
     schedule = Schedule(examples, global_batch_size, config.num_epochs, config.max_steps, config.seed)
     identity = run_identity(config, schedule, fingerprints)
     finished = False
@@ -139,10 +162,18 @@ def run_identity(config: TrainingConfig, schedule: Schedule, fingerprints: dict[
 def _find_checkpoint(config: TrainingConfig) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint that --resume asks for (None = begin anew), and what to tell about damaged newer ones."""
     folder = Path(config.output_dir)
+    if folder.resolve() == Path(config.model_name).resolve():
+        raise UserError(
+            _("--output_dir {folder} is the base model's own folder. Give another one.", folder=config.output_dir)
+        )
     if config.resume == "none":
         _move_aside(folder, config.checkpoints_dir)
         return None, []
     if config.resume != "auto":
+        if not Path(config.resume).is_dir():
+            raise UserError(
+                _("--resume {value}: expected auto, none, or the folder of a checkpoint", value=config.resume)
+            )
         return read_checkpoint(Path(config.resume)), []
     newest, notes = newest_whole(config.checkpoints_dir)
     if newest is None and notes:
@@ -161,15 +192,17 @@ def _find_checkpoint(config: TrainingConfig) -> tuple[Checkpoint | None, list[st
 
 
 def _move_aside(folder: Path, checkpoints: Path) -> None:
-    """Make room for a new run without deleting anything of the old one."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    for path in (folder, checkpoints):
-        contents = [item for item in path.iterdir() if item.name != LOCK] if path.is_dir() else []
-        if contents:
-            aside = path.with_name(f"{path.name}.old-{stamp}")
-            aside.mkdir()
-            for item in contents:
-                item.rename(aside / item.name)
+    """Make room for a new run: what an old one left goes into `old-DATE` within the same folder; nothing is deleted."""
+    stamp = datetime.now().strftime("old-%Y%m%d-%H%M%S")
+    try:
+        for place, patterns in ((folder, RUN_FILES), (checkpoints, ("step-*",))):
+            for item in sorted({item for pattern in patterns for item in place.glob(pattern)}):
+                (place / stamp).mkdir(exist_ok=True)
+                item.rename(place / stamp / item.name)
+    except OSError as error:
+        raise UserError(
+            _("{folder}: the old run can't be moved aside ({error}).", folder=folder, error=error)
+        ) from error
 
 
 def _check_same_run(checkpoint: Checkpoint, identity: dict[str, Any], schedule: Schedule, accept: bool) -> list[str]:

@@ -56,7 +56,7 @@ def save_result(
     Each file appears whole or not at all.
 
     Args:
-        state: the trained tensors by parameter name, whole and on the CPU.
+        state: tensors by parameter name, whole and on the CPU: the adapter's, or all of a model's.
     """
     folder = Path(config.output_dir)
     staging = folder / ".saving"
@@ -66,9 +66,8 @@ def save_result(
         model.save_pretrained(str(staging), state_dict=state)
     else:
         base = Path(config.model_name)
-        frozen = {name: p.detach().cpu() for name, p in model.named_parameters() if name not in state}
         dtype = getattr(torch, stored_dtype(base))
-        whole = {name: tensor.to(dtype) for name, tensor in (state | frozen).items()}
+        whole = {name: tensor.to(dtype) for name, tensor in state.items()}
         model.config.dtype = dtype
         model.save_pretrained(str(staging), state_dict=whole, max_shard_size="4GB")
         copy_tokenizer(base, staging, PromptTemplate(**description["prompt_template"]))

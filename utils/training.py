@@ -110,7 +110,7 @@ class Trainer:
         self.watch = LossWatch()
         self.last_eval_loss: float | None = None
         self.last_saved = time.monotonic()
-        self.interrupted_by = 0
+        self.interrupted_by, self.interrupted_at = 0, 0.0
         self.loss_module.train()
         if start.checkpoint:
             self._resume(start.checkpoint)
@@ -119,13 +119,6 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Put the run's state as the checkpoint has it."""
         state = checkpoint.state
-        if not state["has_optimizer"]:
-            raise UserError(
-                _(
-                    "{path} was written with --save_optimizer False, so the run can't go on from it.",
-                    path=checkpoint.path,
-                )
-            )
         tensors = checkpoints.run_tensors(self.parameters, self.optimizer)
         checkpoints.load_tensors(checkpoint, tensors, self.world)
         for name, parameter in self.parameters.items():
@@ -192,11 +185,11 @@ class Trainer:
         if needed > free:
             raise UserError(
                 _(
-                    "Checkpoints and result take up to {needed} GB, and the disk of {folder} has {free} GB. Make room, "
+                    "Checkpoints and result take up to {needed} MB, and the disk of {folder} has {free} MB. Make room, "
                     "keep fewer (--keep_checkpoints 1), or put them elsewhere (--dist_checkpoint_root_folder).",
-                    needed=f"{needed / 1e9:.2f}",
+                    needed=f"{needed / 1e6:,.1f}",
                     folder=folder,
-                    free=f"{free / 1e9:.2f}",
+                    free=f"{free / 1e6:,.1f}",
                 )
             )
 
@@ -242,16 +235,18 @@ class Trainer:
         if result.applied and (warning := self.watch.update(self.done, result.loss)):
             progress.say(warning)
         is_last = self.done == self.schedule.total_steps
-        interrupt = int(sum_across([self.interrupted_by], self.world.device)[0])
-        if self.held_out and not interrupt and (is_last or self.schedule.ends_epoch(step)):
+        asked = [float(self.interrupted_by == signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+        by_int, by_term = sum_across(asked, self.world.device)
+        interrupt = signal.SIGTERM if by_term else signal.SIGINT if by_int else 0
+        if self.held_out and (is_last or self.schedule.ends_epoch(step)):
             self.last_eval_loss = self.evaluate()
-            metrics.write(step=self.done, eval_loss=self.last_eval_loss)
+            metrics.write(step=self.done, eval_loss=self.last_eval_loss if np.isfinite(self.last_eval_loss) else None)
             progress.say(_("step {step}: held-out loss {loss}", step=self.done, loss=f"{self.last_eval_loss:.4f}"))
         if is_last or interrupt or self._is_time_to_save():
             self._save(metrics, progress)
         if interrupt and not is_last:
             raise Interrupted(
-                min(interrupt, signal.SIGTERM),
+                interrupt,
                 _("Stopped at step {step}; everything is saved. The same command goes on from there.", step=self.done),
             )
 
@@ -309,9 +304,8 @@ class Trainer:
     def evaluate(self) -> float:
         """The mean loss of a response token over the held-out examples."""
         self.loss_module.eval()
-        budget = self.token_budget or max(map(len, self.held_out))
         lengths = [len(example) for example in self.held_out]
-        batches = share_out(lengths, budget, self.world.size, self.config.val_batch_size)
+        batches = share_out(lengths, self.token_budget, self.world.size, self.config.val_batch_size)
         total = 0.0
         for chosen in batches[self.world.rank :: self.world.size]:
             batch = pack([self.held_out[i] for i in chosen or [0]], self.world.device, self.longest)
@@ -387,13 +381,16 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals_noted(self) -> Any:
-        """SIGINT and SIGTERM ask for an end after the current step; a second one ends at once."""
+        """SIGINT and SIGTERM ask for an end after the current step; a second SIGINT ends at once."""
 
         def note(signum: int, _frame: object) -> None:
-            if self.interrupted_by:
+            # `pkill -TERM -f` reaches torchrun and the worker, and torchrun passes it on: the worker gets it twice. Only
+            # a second Ctrl-C, a while after the first, is meant to end at once.
+            if signum == self.interrupted_by == signal.SIGINT and time.monotonic() - self.interrupted_at > 1:
                 signal.signal(signum, signal.SIG_DFL)
                 signal.raise_signal(signum)
-            self.interrupted_by = signum
+            if not self.interrupted_by:
+                self.interrupted_by, self.interrupted_at = signum, time.monotonic()
 
         previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:

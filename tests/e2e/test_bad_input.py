@@ -173,7 +173,7 @@ def test_an_adapter_made_for_another_base_model(tiny_model, other_model, adapter
     for main, *argv in using_scripts(other_model, adapter, tmp_path / "out"):
         message = complaint(main, *argv)
         assert "another base model" in message
-        assert f"trained on {tiny_model}" in message
+        assert f"trained over {tiny_model}" in message
         assert str(adapter) in message
     assert not (tmp_path / "out").exists()
 
@@ -184,7 +184,7 @@ def test_an_adapter_made_with_another_tokenizer(tiny_model, adapter, tmp_path):
     for main, *argv in using_scripts(folder, adapter, tmp_path / "out"):
         message = complaint(main, *argv)
         assert "another tokenizer" in message
-        assert f"trained on {tiny_model}" in message
+        assert f"trained over {tiny_model}" in message
 
 
 def test_an_adapter_made_elsewhere_for_a_model_of_another_shape(adapter, grouped_model, tmp_path):

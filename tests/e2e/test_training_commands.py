@@ -225,7 +225,9 @@ def test_a_run_is_alone_in_its_folder_and_saves_itself_when_told_to_stop(
     assert any(f"process {pid})" in second.stderr for pid in pids)
     assert "Traceback" not in second.stderr
 
-    run.process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    for pid in pids:  # as `pkill -TERM -f llama_finetuning.py` does: the workers, and torchrun, which passes it on
+        os.kill(pid, signal.SIGTERM)
+    run.process.send_signal(signal.SIGTERM)
     run.send(signal.SIGCONT)
     assert run.process.wait(60) != 0
     said = run.log.read_text()
@@ -259,12 +261,12 @@ def test_sharded_over_two_processes_learns_what_one_does(tiny_model, data_file, 
     output = tmp_path / "sharded"
     flags = ["--model_name", tiny_model, "--output_dir", output, "--alpaca_dataset.data_path", data_file]
     flags += ["--enable_fsdp", "--batch_size_training", 10, "--num_epochs", 2, "--lr", "1e-3"]
-    flags += [] if kind == "full" else ["--use_peft", "--quantization"]
+    flags += ["--freeze_layers"] if kind == "full" else ["--use_peft", "--quantization"]
     result = torchrun(2, *flags)
     assert result.returncode == 0, result.stdout + result.stderr
 
     settings = {"batch_size_training": 20, "num_epochs": 2, "lr": 1e-3, "val_set_size": 0.05, "scheduler": "cosine"}
-    settings |= {"use_peft": False} if kind == "full" else {"quantization": "8bit"}
+    settings |= {"use_peft": False, "freeze_layers": True} if kind == "full" else {"quantization": "8bit"}
     trainer = make_trainer(tiny_model, tmp_path / "one", data_file, **settings)
     losses = train(trainer)
     assert losses[-1] < losses[0]

@@ -178,7 +178,7 @@ def test_the_held_out_examples_are_a_seeded_choice(letters):
 
 
 @pytest.mark.parametrize(
-    ("count", "size", "expected"), [(100, 0, 0), (100, 7, 7), (10_000, 0.05, 200), (3, 10, 2), (1, 0.5, 0)]
+    ("count", "size", "expected"), [(100, 0, 0), (100, 7, 7), (10_000, 0.05, 200), (3, 2, 2), (1, 0.4, 0)]
 )
 def test_how_many_are_held_out(count, size, expected):
     training, held_out = split_examples(list(range(count)), size, seed=0)

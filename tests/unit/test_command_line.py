@@ -69,7 +69,7 @@ def test_quantization_alone_means_int8(argv, expected):
 
 @pytest.mark.parametrize("text", ["[q_proj,k_proj]", "q_proj,k_proj", "['q_proj', \"k_proj\"]", "(q_proj, k_proj)"])
 def test_lists(text):
-    assert parse(TrainingConfig, ["--lora_config.target_modules", text]).lora_config.target_modules == [
+    assert parse(TrainingConfig, ["--use_peft", "--lora_config.target_modules", text]).lora_config.target_modules == [
         "q_proj",
         "k_proj",
     ]
@@ -89,7 +89,9 @@ def test_switches(argv, expected):
 
 
 def test_dotted_flags_reach_their_part_and_the_last_one_counts():
-    config = parse(TrainingConfig, "--lora_config.r 4 --lora_config.r 16 --alpaca_dataset.data_path my.json".split())
+    config = parse(
+        TrainingConfig, "--use_peft --lora_config.r 4 --lora_config.r 16 --alpaca_dataset.data_path my.json".split()
+    )
     assert (config.lora_config.r, config.alpaca_dataset.data_path) == (16, "my.json")
     assert TrainingConfig().lora_config.r == 8
 
@@ -146,24 +148,39 @@ def test_values_of_the_wrong_type(argv, expected):
         "--num_epochs 0",
         "--max_seq_length 7",
         "--lr -1e-4",
-        "--gamma 0",
+        "--gamma 0 --scheduler step",
         "--gradient_clipping_threshold 0",
         "--warmup_ratio 1.5",
         "--val_set_size -0.1",
         "--seed -1",
         f"--seed {2**64}",
         "--keep_checkpoints 0",
-        "--lora_config.r 0",
-        "--lora_config.lora_dropout 1",
-        "--lora_config.target_modules []",
-        "--llama_adapter_config.adapter_len 0",
-        "--prefix_config.num_virtual_tokens 0",
+        "--lora_config.r 0 --use_peft",
+        "--lora_config.lora_dropout 1 --use_peft",
+        "--lora_config.target_modules [] --use_peft",
+        "--llama_adapter_config.adapter_len 0 --use_peft",
+        "--prefix_config.num_virtual_tokens 0 --use_peft",
     ],
 )
 def test_training_values_out_of_range_are_named(argv):
     message = complaint(TrainingConfig, *argv.split())
     assert len(message.split("\n")) == 2
     assert argv.split()[0] in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "needed"),
+    [
+        ("--peft_method prefix", "--use_peft"),
+        ("--lora_config.r 4", "--use_peft"),
+        ("--gamma 0.5", "--scheduler step"),
+        ("--warmup_ratio 0.1 --scheduler constant", "--scheduler cosine"),
+        ("--num_freeze_layers 2", "--freeze_layers"),
+        ("--fsdp_config.fsdp_cpu_offload", "--enable_fsdp"),
+    ],
+)
+def test_a_setting_that_another_one_switches_off_is_refused(argv, needed):
+    assert complaint(TrainingConfig, *argv.split()).split("\n")[0].endswith(f"has an effect only with {needed}")
 
 
 @pytest.mark.parametrize(

@@ -159,3 +159,10 @@ def test_pickled_weights_that_are_cut_short(folder, size):
 def test_a_broken_index(sharded, content):
     (sharded / "model.safetensors.index.json").write_text(content)
     assert "model.safetensors.index.json missing or cut short" in complaint(sharded)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tiny_model):
+    folder = ModelFolder(tiny_model)
+    folder.check_vocabulary(600)
+    with pytest.raises(UserError, match="601 tokens, the model 600"):
+        folder.check_vocabulary(601)

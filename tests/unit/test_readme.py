@@ -73,7 +73,7 @@ def test_commands_of_the_quickstart_are_understood():
     assert [script for script, _arguments in commands] == list(COMMANDS)
     for script, arguments in commands:
         parse(COMMANDS[script], arguments)
-    for settings in (quickstart.PRETRAINING, quickstart.TUNING):
+    for settings in (quickstart.PRETRAINING, "--use_peft " + quickstart.TUNING):
         parse(TrainingConfig, settings.split())
 
 

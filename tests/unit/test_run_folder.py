@@ -1,0 +1,88 @@
+"""Where a run begins, by what lies in its folder."""
+
+import json
+
+import pytest
+
+from configs.errors import UserError
+from configs.training import TrainingConfig
+from utils.packing import Schedule
+from utils.run_folder import find_start, run_identity
+
+FINGERPRINTS = {"data": "d", "base_model": "b", "tokenizer": "t", "prompt_template": "p"}
+
+
+def leave_checkpoint(config: TrainingConfig, world_size: int, global_batch_size: int, step: int = 3, **more) -> None:
+    """What a run that was stopped leaves, as far as finding a start needs it."""
+    schedule = Schedule(100, global_batch_size, config.num_epochs, config.max_steps, config.seed)
+    state = {
+        "step": step,
+        "total_steps": schedule.total_steps,
+        "identity": run_identity(config, schedule, FINGERPRINTS),
+        "world_size": world_size,
+        "batch_size_training": config.batch_size_training,
+        "has_optimizer": True,
+        **more,
+    }
+    folder = config.checkpoints_dir / f"step-{step}"
+    folder.mkdir(parents=True)
+    (folder / "complete.json").write_text(json.dumps({"state": state, "sha256": {}}))
+
+
+def settings(tmp_path, **more) -> TrainingConfig:
+    return TrainingConfig(output_dir=str(tmp_path / "out"), use_peft=True, max_steps=9, **more)
+
+
+def test_the_global_batch_stays_however_often_the_number_of_processes_changes(tmp_path):
+    config = settings(tmp_path, batch_size_training=4)
+    leave_checkpoint(config, world_size=1, global_batch_size=4)
+    assert find_start(config, 2, 100, FINGERPRINTS).schedule.global_batch_size == 4
+    leave_checkpoint(config, world_size=2, global_batch_size=4, step=5)
+    start = find_start(config, 2, 100, FINGERPRINTS)
+    assert (start.schedule.global_batch_size, start.checkpoint.step, start.notes) == (4, 5, [])
+    assert find_start(config, 1, 100, FINGERPRINTS).schedule.global_batch_size == 4
+
+
+def test_a_batch_that_was_divided_among_processes_is_the_same_batch(tmp_path):
+    leave_checkpoint(settings(tmp_path, batch_size_training=4), world_size=1, global_batch_size=4)
+    assert find_start(settings(tmp_path, batch_size_training=2), 2, 100, FINGERPRINTS).checkpoint.step == 3
+
+
+def test_changes_are_named_and_can_be_accepted(tmp_path):
+    leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4)
+    with pytest.raises(UserError, match=r"lr: 0.0001 -> 0.5\n  weight_decay: 0.0 -> 0.1\n"):
+        find_start(settings(tmp_path, lr=0.5, weight_decay=0.1), 1, 100, FINGERPRINTS)
+    start = find_start(settings(tmp_path, lr=0.5, accept_changes=True), 1, 100, FINGERPRINTS)
+    assert "0.0001 -> 0.5" in start.notes[0]
+
+
+def test_beginning_anew_moves_the_old_run_and_nothing_else(tmp_path):
+    config = settings(tmp_path, resume="none")
+    leave_checkpoint(config, world_size=1, global_batch_size=4)
+    out = tmp_path / "out"
+    for name in ("adapter_config.json", "metrics.jsonl", "my notes.txt"):
+        (out / name).write_text(name)
+    (out / "other-run").mkdir()
+    assert find_start(config, 1, 100, FINGERPRINTS).checkpoint is None
+    (aside,) = out.glob("old-*")
+    assert sorted(path.name for path in aside.iterdir()) == ["adapter_config.json", "metrics.jsonl"]
+    assert (out / "my notes.txt").exists() and (out / "other-run").exists()
+    assert [path.name for path in (out / "checkpoints").glob("old-*/*")] == ["step-3"]
+
+
+def test_the_base_models_folder_is_no_output_folder(tmp_path):
+    config = settings(tmp_path, resume="none")
+    config.model_name = config.output_dir
+    with pytest.raises(UserError, match="base model's own folder"):
+        find_start(config, 1, 100, FINGERPRINTS)
+
+
+def test_a_checkpoint_without_its_optimizer_is_refused_with_a_way_out(tmp_path):
+    leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4, has_optimizer=False)
+    with pytest.raises(UserError, match="--resume none"):
+        find_start(settings(tmp_path), 1, 100, FINGERPRINTS)
+
+
+def test_a_mistyped_resume_is_named(tmp_path):
+    with pytest.raises(UserError, match="--resume auto2: expected auto, none"):
+        find_start(settings(tmp_path, resume="auto2"), 1, 100, FINGERPRINTS)
