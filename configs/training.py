@@ -58,7 +58,7 @@ class TrainingConfig:
     max_seq_length: int = 1024
     """Longest example in tokens; longer ones are left out, counted and named, never cut."""
     num_workers_dataloader: int = 1
-    """Threads that turn text into tokens."""
+    """Threads that turn text into tokens (SentencePiece tokenizers; a tokenizer.json uses one)."""
 
     lr: float = 1e-4
     """Highest learning rate."""

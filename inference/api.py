@@ -41,7 +41,7 @@ class StreamRequest(BaseModel):
     """The body of POST /stream; sampling fields that are left out take the server's defaults."""
 
     prompt: Annotated[Text, AfterValidator(_not_blank)]
-    history: list[tuple[Text, Text]] = []
+    history: list[tuple[Text, Text]] | None = None
     session_id: Text | None = None
     max_new_tokens: int | None = Field(None, ge=1, le=1_000_000, strict=True)
     temperature: float | None = Field(None, ge=0, le=100)
@@ -80,7 +80,7 @@ def make_app(engine: Engine, defaults: Sampling, sessions: StreamSessions) -> Fa
         sampling = replace(
             _plain(defaults), **{name: chosen[name] for name in Sampling.__dataclass_fields__ if name in chosen}
         )
-        history = [tuple(turn) for turn in body.history]
+        history = [tuple(turn) for turn in body.history or []]
         prompt_ids = engine.encode_chat(body.prompt, history)
 
         def generate(cancel: threading.Event) -> Iterator[str]:

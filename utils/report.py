@@ -82,7 +82,7 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
         _(
             "Batch: {each} examples x {processes} processes = {all} a step; packed into rows of up to {budget} "
             "tokens{limit}{recompute}",
-            each=schedule.global_batch_size // world.size,
+            each=f"{schedule.global_batch_size / world.size:g}",
             processes=world.size,
             all=schedule.global_batch_size,
             budget=trainer.token_budget,
