@@ -384,8 +384,8 @@ class Trainer:
         """SIGINT and SIGTERM ask for an end after the current step; a second SIGINT ends at once."""
 
         def note(signum: int, _frame: object) -> None:
-            # `pkill -TERM -f` reaches torchrun and the worker, and torchrun passes it on: the worker gets it twice. Only
-            # a second Ctrl-C, a while after the first, is meant to end at once.
+            # `pkill -TERM -f` reaches torchrun and the worker, and torchrun passes it on, so that the worker gets it
+            # twice. Only a second Ctrl-C, a while after the first, is meant to end at once.
             if signum == self.interrupted_by == signal.SIGINT and time.monotonic() - self.interrupted_at > 1:
                 signal.signal(signum, signal.SIG_DFL)
                 signal.raise_signal(signum)
