@@ -93,7 +93,7 @@ def save_checkpoint(
         if error:
             shutil.rmtree(staging, ignore_errors=True)
         else:
-            for old in _numbered(folder)[keep:]:
+            for old in numbered(folder)[keep:]:
                 shutil.rmtree(old, ignore_errors=True)
     barrier()
     return error
@@ -102,7 +102,7 @@ def save_checkpoint(
 def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint of `folder` that is whole, and a line about each newer one that is not."""
     broken = []
-    for path in _numbered(folder):
+    for path in numbered(folder):
         try:
             return read_checkpoint(path), broken
         except UserError as error:
@@ -158,7 +158,7 @@ def size_of(tensors: dict[str, dict[str, Any]]) -> int:
     return sum(t.nbytes for group in tensors.values() for t in group.values())
 
 
-def _numbered(folder: Path) -> list[Path]:
+def numbered(folder: Path) -> list[Path]:
     """The folders step-N, newest first."""
     numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)

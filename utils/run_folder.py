@@ -13,7 +13,7 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.training import TrainingConfig
 from utils.adapters import read_training_config
-from utils.checkpoint import Checkpoint, newest_whole, read_checkpoint
+from utils.checkpoint import Checkpoint, newest_whole, numbered, read_checkpoint
 from utils.packing import Schedule
 
 LOCK = ".lock"
@@ -140,6 +140,8 @@ def find_start(config: TrainingConfig, world_size: int, examples: int, fingerpri
     finished = False
     if checkpoint:
         notes += _check_same_run(checkpoint, identity, schedule, config.accept_changes)
+        if config.resume != "auto":
+            notes += _set_newer_aside(config.checkpoints_dir, checkpoint)
         described = read_training_config(Path(config.output_dir)) or {}
         finished = checkpoint.step >= schedule.total_steps and described.get("trained_steps") == checkpoint.step
     return Start(schedule, identity, checkpoint, finished, notes)
@@ -192,16 +194,33 @@ def _find_checkpoint(config: TrainingConfig) -> tuple[Checkpoint | None, list[st
 
 
 def _move_aside(folder: Path, checkpoints: Path) -> None:
-    """Make room for a new run: what an old one left goes into `old-DATE` within the same folder; nothing is deleted."""
-    stamp = datetime.now().strftime("old-%Y%m%d-%H%M%S")
+    """Make room for a new run in the folders of an old one."""
+    _set_aside(folder, {item for pattern in RUN_FILES for item in folder.glob(pattern)})
+    _set_aside(checkpoints, set(checkpoints.glob("step-*")))
+
+
+def _set_newer_aside(checkpoints: Path, chosen: Checkpoint) -> list[str]:
+    """A run that goes on from an older checkpoint must not meet the newer ones again; returns what to tell."""
+    newer = {path for path in numbered(checkpoints) if int(path.name.removeprefix("step-")) > chosen.step}
+    _set_aside(checkpoints, newer)
+    names = ", ".join(sorted(path.name for path in newer))
+    return [_("Newer checkpoints are set aside in {folder}: {names}", folder=checkpoints, names=names)] if newer else []
+
+
+def _set_aside(place: Path, items: set[Path]) -> None:
+    """Move items of a folder into `old-DATE` within it; nothing is deleted.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    aside = place / datetime.now().strftime("old-%Y%m%d-%H%M%S")
     try:
-        for place, patterns in ((folder, RUN_FILES), (checkpoints, ("step-*",))):
-            for item in sorted({item for pattern in patterns for item in place.glob(pattern)}):
-                (place / stamp).mkdir(exist_ok=True)
-                item.rename(place / stamp / item.name)
+        for item in sorted(items):
+            aside.mkdir(exist_ok=True)
+            item.rename(aside / item.name)
     except OSError as error:
         raise UserError(
-            _("{folder}: the old run can't be moved aside ({error}).", folder=folder, error=error)
+            _("{folder}: the old run can't be moved aside ({error}).", folder=place, error=error)
         ) from error
 
 

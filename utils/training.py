@@ -247,7 +247,11 @@ class Trainer:
         if interrupt and not is_last:
             raise Interrupted(
                 interrupt,
-                _("Stopped at step {step}; everything is saved. The same command goes on from there.", step=self.done),
+                _("Stopped at step {step}; everything is saved. The same command goes on from there.", step=self.done)
+                if self.config.resume == "auto"
+                else _(
+                    "Stopped at step {step}; everything is saved. Go on from there with --resume auto.", step=self.done
+                ),
             )
 
     def _step_that_fits(self, step: int, rate: float) -> StepResult:

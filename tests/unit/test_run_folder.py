@@ -70,6 +70,16 @@ def test_beginning_anew_moves_the_old_run_and_nothing_else(tmp_path):
     assert [path.name for path in (out / "checkpoints").glob("old-*/*")] == ["step-3"]
 
 
+def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(tmp_path):
+    for step in (3, 5, 7):
+        leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4, step=step)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    start = find_start(settings(tmp_path, resume=str(checkpoints / "step-3")), 1, 100, FINGERPRINTS)
+    assert start.checkpoint.step == 3 and "step-5, step-7" in start.notes[0]
+    assert sorted(path.name for path in checkpoints.glob("old-*/*")) == ["step-5", "step-7"]
+    assert find_start(settings(tmp_path), 1, 100, FINGERPRINTS).checkpoint.step == 3
+
+
 def test_the_base_models_folder_is_no_output_folder(tmp_path):
     config = settings(tmp_path, resume="none")
     config.model_name = config.output_dir
