@@ -65,6 +65,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def train_losses(folder: Path) -> dict[int, float]:
+    """Step -> training loss, of the steps whose loss was finite, in order."""
+    lines = read_metrics(folder)
+    return {line["step"]: line["train_loss"] for line in lines if line.get("train_loss") is not None}
+
+
 def draw_losses(folder: Path) -> None:
     """Draw loss.png from metrics.jsonl."""
     import matplotlib
@@ -72,12 +78,11 @@ def draw_losses(folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = read_metrics(folder)
-    train = [(line["step"], line["train_loss"]) for line in lines if line.get("train_loss") is not None]
-    held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
+    train = train_losses(folder)
+    held_out = [(line["step"], line["eval_loss"]) for line in read_metrics(folder) if line.get("eval_loss") is not None]
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     if train:
-        steps, losses = zip(*train, strict=True)
+        steps, losses = tuple(train), tuple(train.values())
         axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="training, each step")
         axes.plot(steps, _smooth(losses), color="#1f5fa8", linewidth=2, label="training, smoothed")
     if held_out:

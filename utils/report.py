@@ -13,7 +13,7 @@ from utils.checkpoint import run_tensors, size_of
 from utils.distributed import World
 from utils.llama import causal_lm
 from utils.memory import peak_memory_gb
-from utils.metrics import LOSS_PICTURE, METRICS, read_metrics
+from utils.metrics import LOSS_PICTURE, METRICS, train_losses
 from utils.optimization import learning_rate
 from utils.run_folder import Start
 
@@ -138,7 +138,7 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
 def after_last_step(trainer: "Trainer", output: Path, say: Say) -> None:
     """What came of the run, and what to do with it."""
     config = trainer.config
-    losses = [line["train_loss"] for line in read_metrics(output) if line.get("train_loss") is not None]
+    losses = list(train_losses(output).values())
     say(
         _(
             "Done: {steps} steps, training loss {first} -> {last}{held_out}",
@@ -164,7 +164,7 @@ def after_last_step(trainer: "Trainer", output: Path, say: Say) -> None:
 def model_card(trainer: "Trainer", output: Path) -> str:
     """The model card of the run's result."""
     config, schedule = trainer.config, trainer.schedule
-    losses = [line["train_loss"] for line in read_metrics(output) if line.get("train_loss") is not None]
+    losses = list(train_losses(output).values())
     facts = {
         _("base model"): f"`{config.model_name}`",
         _("method"): config.peft_method if config.use_peft else _("full fine-tuning"),
