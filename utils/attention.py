@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 
 PACKED = "packed"
+CAUSAL = [-1, 0]
+"""A window that reaches back to the segment's first position, and not forward."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def packed_attention(
     if past is not None:
         key, value = past.extend(module.layer_idx, key, value)
     past_length = key.shape[2] - length
-    if segments is not None and past_length == 0 and _has_varlen(query):
+    if segments is not None and past_length == 0 and has_varlen(query.device, query.dtype):
         return _varlen(query, key, value, segments, scaling), None
 
     bounds = segments.bounds if segments is not None else [0, length]
@@ -142,25 +145,94 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _has_varlen(query: torch.Tensor) -> bool:
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     """Flash attention over variable lengths needs Ampere or newer and half precision."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    half = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key.to(query.dtype), value.to(query.dtype)))
     bounds, longest = segments.cumulative, segments.longest
-    # A window of (-1, 0) is causal attention: everything before, nothing after.
-    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+    window = (CAUSAL[0], CAUSAL[1])
+    output = varlen.varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=window)
     return output.unsqueeze(0)
+
+
+def attention_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cumulative: torch.Tensor,
+    longest: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Causal attention within each segment, for a backward pass that is called by hand.
+
+    Args:
+        query: [length, heads, head_dim]; key and value have kv_heads in place of heads.
+        cumulative: bounds of the segments, see Segments.
+
+    Returns:
+        The output, in query's shape, and two tensors for `attention_backward`.
+    """
+    if has_varlen(query.device, query.dtype):
+        return torch.ops.torch_attn._varlen_attn(
+            query, key, value, cumulative, cumulative, longest, longest, True, scale, CAUSAL
+        )
+    output = _one_by_one(query, key, value, cumulative, scale)
+    return output, output.new_empty(0, query.shape[0]), output.new_empty(0)
+
+
+def attention_backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    random_state: torch.Tensor,
+    cumulative: torch.Tensor,
+    longest: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value; see `attention_forward`."""
+    if has_varlen(query.device, query.dtype):
+        return torch.ops.torch_attn._varlen_attn_backward(
+            grad_output,
+            query,
+            key,
+            value,
+            output,
+            log_sum_exp,
+            cumulative,
+            cumulative,
+            longest,
+            longest,
+            True,
+            random_state,
+            scale,
+            CAUSAL,
+        )
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        return torch.autograd.grad(_one_by_one(*inputs, cumulative, scale), inputs, grad_output)
+
+
+def _one_by_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cumulative: torch.Tensor, scale: float
+) -> torch.Tensor:
+    outputs = []
+    for start, end in itertools.pairwise(cumulative.tolist()):
+        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
+        gqa = query.shape[1] != key.shape[1]
+        outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa))
+    return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
 def register() -> None:

@@ -5,6 +5,7 @@ that they belong to and quantised there, so that loading takes little more memor
 loop stands here, because training, evaluation, chat and serving share it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from utils import attention
 from utils.attention import PastKeyValues, Segments
 from utils.model_folder import ModelFolder
 from utils.quantization import QuantizedLinear, quantize_linears
+
+RunLayer = Callable[..., torch.Tensor]
+"""A function with the arguments of `run_plain`."""
 
 
 def load_base_model(
@@ -95,6 +99,13 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def run_plain(layer: nn.Module, hidden: torch.Tensor, recompute: bool, **arguments: Any) -> torch.Tensor:
+    """A decoder layer's output, [1, length, hidden_size]; with `recompute`, its activations are not kept."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(layer, hidden, use_reentrant=False, **arguments)
+    return layer(hidden, **arguments)
+
+
 def forward_hidden(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -102,6 +113,7 @@ def forward_hidden(
     segments: Segments | None = None,
     past: PastKeyValues | None = None,
     kept_layers: int | None = None,
+    run_layer: RunLayer | None = None,
 ) -> torch.Tensor:
     """What the output head is applied to: the decoder's normalised output, shape [length, hidden_size].
 
@@ -113,6 +125,7 @@ def forward_hidden(
         past: keys and values from before the row.
         kept_layers: how many layers, from the last, keep their activations for the backward pass; the others compute
             them again (activation checkpointing). None = all.
+        run_layer: another way to compute a layer than `run_plain`.
     """
     decoder = causal_lm(model).model
     hidden = decoder.embed_tokens(input_ids.unsqueeze(0))
@@ -130,10 +143,7 @@ def forward_hidden(
             hidden = hidden.to(device)
             arguments["position_embeddings"] = tuple(x.to(device) for x in arguments["position_embeddings"])
             arguments["segments"] = segments.to(device) if segments else None
-        if index < recomputed and torch.is_grad_enabled():
-            hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)
-        else:
-            hidden = layer(hidden, **arguments)
+        hidden = (run_layer or run_plain)(layer, hidden, index < recomputed, **arguments)
     return decoder.norm(hidden).squeeze(0)
 
 

@@ -1,11 +1,27 @@
 """Cross-entropy on the labelled positions alone, in chunks, so that the full logits never exist."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 CHUNK = 1024
 """Rows of logits in memory at a time; a large vocabulary takes 150,000 numbers a row."""
+
+
+ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""A function with the arguments of `chunk_loss`."""
+
+
+def chunk_loss(logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the cross-entropies of logits [rows, vocab_size], and `scale` times its gradient in their dtype."""
+    wide, target = logits.float(), labels[:, None]
+    log_total = wide.logsumexp(dim=1, keepdim=True)
+    loss = (log_total - wide.gather(1, target)).sum()
+    # d loss / d logits = softmax - one-hot; scaled before it is rounded to half precision.
+    grad = (wide - log_total).exp_().scatter_add_(1, target, torch.full_like(log_total, -1.0))
+    return loss, grad.mul_(scale).to(logits.dtype)
 
 
 class _LabelledCrossEntropy(torch.autograd.Function):
@@ -13,23 +29,27 @@ class _LabelledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        scale: float,
+        of_chunk: ChunkLoss,
     ) -> torch.Tensor:
         train_hidden, train_weight = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if train_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train_weight else None
         compute_weight = weight.to(hidden.dtype)
+        factor = torch.full((), scale, device=hidden.device)  # a tensor: a new number makes no new compiled code
         for start in range(0, hidden.shape[0], CHUNK):
-            rows, target = hidden[start : start + CHUNK], labels[start : start + CHUNK, None]
-            logits = (rows @ compute_weight.t()).float()
-            log_total = logits.logsumexp(dim=1, keepdim=True)
-            loss += (log_total - logits.gather(1, target)).sum()
+            rows, target = hidden[start : start + CHUNK], labels[start : start + CHUNK]
+            logits = rows @ compute_weight.t()
             if not (train_hidden or train_weight):
+                loss += cross_entropy(logits.float(), target, reduction="sum")
                 continue
-            # d loss / d logits = softmax - one-hot; scaled before it is rounded to half precision.
-            grad = logits.sub_(log_total).exp_().scatter_add_(1, target, torch.full_like(log_total, -1.0))
-            grad = grad.mul_(scale).to(hidden.dtype)
+            chunk, grad = of_chunk(logits, target, factor)
+            loss += chunk
             if train_hidden:
                 torch.mm(grad, compute_weight, out=grad_hidden[start : start + CHUNK])
             if train_weight:
@@ -38,7 +58,7 @@ class _LabelledCrossEntropy(torch.autograd.Function):
         return loss * scale
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (upstream,) = grad_outputs
         return (
@@ -46,11 +66,16 @@ class _LabelledCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else grad_weight * upstream.to(grad_weight.dtype),
             None,
             None,
+            None,
         )
 
 
 def labelled_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float = 1.0
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float = 1.0,
+    of_chunk: ChunkLoss = chunk_loss,
 ) -> torch.Tensor:
     """`scale` times the sum of the cross-entropies of `hidden @ weight.T` against `labels`.
 
@@ -62,7 +87,8 @@ def labelled_cross_entropy(
         weight: [vocab_size, hidden_size], the output head.
         labels: [rows], int64; every one counts.
         scale: factor of loss and gradient.
+        of_chunk: `chunk_loss`, or the same compiled.
     """
     if not torch.is_grad_enabled():  # needs_input_grad says nothing of that
         hidden, weight = hidden.detach(), weight.detach()
-    return _LabelledCrossEntropy.apply(hidden, weight, labels, scale)
+    return _LabelledCrossEntropy.apply(hidden, weight, labels, scale, of_chunk)

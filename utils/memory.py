@@ -1,9 +1,11 @@
 """Memory: the largest micro-batch that fits, found by trying."""
 
 import functools
+import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -11,20 +13,20 @@ from utils.distributed import World, same_on_all
 
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU: enough to fill it, few enough to stay in its caches."""
+MIN_TOKENS, MAX_TOKENS = 1024, 65_536
+"""Tokens of a micro-batch on a GPU: smaller ones leave it idle, larger ones are not faster."""
+SAFE_SHARE = 0.97
+"""Share of the memory that is planned for; the rest is lost between blocks."""
 
 
 def token_budgets(longest_example: int, largest_step: int) -> list[int]:
-    """Sizes of a micro-batch to try, from the largest step's tokens down."""
-    least = max(longest_example, 1024)
-    budgets = [max(longest_example, min(largest_step, 65_536))]
-    while budgets[-1] > least:
-        budgets.append(max(least, budgets[-1] * 3 // 4))
-    return budgets
+    """Sizes of a micro-batch to try: the largest step at once, in two, in three …, down to the longest example.
 
-
-def kept_layer_counts(layers: int) -> list[int]:
-    """How many layers keep their activations, to try: all, then fewer; the others compute them a second time."""
-    return sorted({layers, layers * 3 // 4, layers // 2, layers // 4, 0}, reverse=True)
+    Steps are shared out evenly, so sizes between would only waste memory.
+    """
+    least = max(longest_example, MIN_TOKENS)
+    parts = range(max(1, math.ceil(largest_step / MAX_TOKENS)), max(1, largest_step // least) + 1)
+    return [*dict.fromkeys(max(longest_example, math.ceil(largest_step / part)) for part in parts)]
 
 
 def find_budget(
@@ -36,6 +38,9 @@ def find_budget(
 ) -> tuple[int, int]:
     """(token budget, layers that keep activations): the fastest pair that fits on every process's card, by measurement.
 
+    Smaller micro-batches leave room for more layers that keep their activations, which saves computing them twice, but
+    fill the card less well; so sizes are tried downwards until the next one is slower.
+
     Args:
         try_step: makes a full micro-batch of so many tokens go forward and backward, so many layers keeping their
             activations; raises OutOfMemoryError.
@@ -43,16 +48,15 @@ def find_budget(
     if world.device.type == "cpu":
         return max(longest_example, CPU_TOKENS), layers
     budgets = token_budgets(longest_example, largest_step)
-    best_speed, best = 0.0, (budgets[-1], 0)
-    for kept_layers in kept_layer_counts(layers):
-        for budget in budgets:
-            seconds = _slowest_time(world, functools.partial(try_step, budget, kept_layers))
-            if seconds is None:
-                continue
-            if budget / seconds > best_speed:
-                best_speed, best = budget / seconds, (budget, kept_layers)
-            if budget == budgets[0]:
-                return best  # a whole step at once: recomputing more would only be slower
+    best, best_speed = (budgets[-1], 0), 0.0
+    for budget in budgets:
+        kept, trial = _most_kept_layers(world, layers, functools.partial(try_step, budget))
+        if trial is None:
+            continue
+        if budget / trial.seconds < best_speed:
+            break
+        best, best_speed = (budget, kept), budget / trial.seconds
+        if kept == layers:
             break
     return best
 
@@ -62,26 +66,65 @@ def shrink_until_fits(
 ) -> int:
     """The largest token budget, from `budget` down, whose micro-batch fits; see find_budget."""
     for smaller in token_budgets(longest_example, budget):
-        if _slowest_time(world, functools.partial(try_step, smaller, kept_layers)) is not None:
+        if measure(world, functools.partial(try_step, smaller, kept_layers)):
             return smaller
     return longest_example
 
 
-def _slowest_time(world: World, attempt: Callable[[], None]) -> float | None:
-    """Seconds that `attempt` takes on the slowest process, the second time; None = out of memory."""
-    seconds = 0.0
+@dataclass(frozen=True)
+class Trial:
+    """What a micro-batch took on the slowest process and on the fullest card."""
+
+    seconds: float
+    peak_bytes: float
+
+
+def _most_kept_layers(world: World, layers: int, try_step: Callable[[int], None]) -> tuple[int, Trial | None]:
+    """How many layers can keep their activations, and what that took; None = not even recomputing all fits."""
+    if trial := measure(world, functools.partial(try_step, layers)):
+        return layers, trial
+    least, trial = 0, measure(world, functools.partial(try_step, 0))
+    some = min(4, layers - 1)
+    if trial and (more := measure(world, functools.partial(try_step, some))):
+        # Memory grows by the same amount with every layer.
+        each = (more.peak_bytes - trial.peak_bytes) / some
+        least, trial = some, more
+        kept = min(layers - 1, some + int((memory_limit(world) * SAFE_SHARE - more.peak_bytes) / each))
+        while kept > some:
+            if most := measure(world, functools.partial(try_step, kept)):
+                return kept, most
+            kept -= 1
+    return least, trial
+
+
+def measure(world: World, attempt: Callable[[], None]) -> Trial | None:
+    """Try twice (the first time compiles and warms up), and measure the second; None = out of memory on a process."""
+    seconds = peak = math.inf
     try:
         attempt()
-        torch.cuda.synchronize(world.device)
+        for device in world.devices:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         attempt()
         torch.cuda.synchronize(world.device)
-        seconds = time.perf_counter() - start
+        seconds, peak = time.perf_counter() - start, peak_memory_gb(world) * 1e9
     except torch.cuda.OutOfMemoryError:
-        seconds = math.inf
+        pass
     torch.cuda.empty_cache()
-    slowest = max(float(answer) for answer in same_on_all(str(seconds)))
-    return None if math.isinf(slowest) else slowest
+    trials = [json.loads(answer) for answer in same_on_all(json.dumps([seconds, peak]))]
+    trial = Trial(max(s for s, _peak in trials), max(p for _s, p in trials))
+    return None if math.isinf(trial.seconds) else trial
+
+
+def memory_limit(world: World) -> float:
+    """Bytes that this process may take of its fullest card: what it has, what is free, and no more than its limit."""
+    limits = []
+    for device in world.devices:
+        free, total = torch.cuda.mem_get_info(device)
+        limit = torch.cuda.get_per_process_memory_fraction(device) * total
+        limits.append(min(limit, free + torch.cuda.memory_reserved(device)))
+    return min(float(text) for text in same_on_all(str(min(limits))))
 
 
 def limit_memory(world: World, gigabytes: float) -> None:

@@ -18,7 +18,7 @@ from configs.training import TrainingConfig
 from utils.compiling import should_compile
 from utils.data import Data
 from utils.loss import CHUNK
-from utils.memory import CPU_TOKENS, kept_layer_counts, token_budgets
+from utils.memory import CPU_TOKENS, token_budgets
 from utils.metrics import duration
 from utils.model_folder import ModelFolder
 from utils.packing import Schedule
@@ -161,7 +161,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
             pairs = [(shape.layers, max(longest, CPU_TOKENS))]
         else:
             budgets = token_budgets(longest, tokens_per_step)
-            pairs = [(kept, budget) for kept in kept_layer_counts(shape.layers) for budget in budgets]
+            pairs = [(kept, budget) for kept in range(shape.layers, -1, -1) for budget in budgets]
         found = [
             (estimate(config, shape, quantization, compute_bytes, budget, kept, compiled), kept, budget)
             for kept, budget in pairs

@@ -121,18 +121,26 @@ class Nf4Linear(QuantizedLinear):
         self.register_buffer("absmax_offset", state.offset, persistent=False)
         self.register_buffer("absmax_absmax", state.state2.absmax, persistent=False)
         self.register_buffer("absmax_code", state.state2.code, persistent=False)
+        self.register_buffer("code", state.code, persistent=False)
 
     def stored(self) -> tuple[torch.Tensor, ...]:
         """See QuantizedLinear."""
-        return self.weight, self.absmax, self.absmax_offset, self.absmax_absmax, self.absmax_code
+        return self.weight, self.absmax, self.absmax_offset, self.absmax_absmax, self.absmax_code, self.code
 
     @staticmethod
     def dequantize_stored(dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
         """See QuantizedLinear."""
-        weight, absmax, offset, absmax_absmax, absmax_code = stored
+        weight, absmax, offset, absmax_absmax, absmax_code, code = stored
+        shape = (weight.shape[0], 2 * weight.shape[1])
+        if torch.compiler.is_compiling() and 2 * weight.numel() % NF4_BLOCK == 0:
+            # The same numbers in plain operations, of which the compiler makes one pass over the memory.
+            group = torch.arange(absmax.shape[0], device=absmax.device) // ABSMAX_BLOCK
+            scales = absmax_code[absmax.int()] * absmax_absmax[group] + offset
+            pairs = weight.view(-1, NF4_BLOCK // 2).int()
+            values = torch.stack((code[pairs >> 4], code[pairs & 15]), dim=-1).flatten(1)
+            return (values * scales[:, None]).to(dtype).view(shape)
         library = torch.ops.bitsandbytes
         scales = library.dequantize_blockwise(absmax, absmax_absmax, absmax_code, ABSMAX_BLOCK, torch.float32) + offset
-        shape = (weight.shape[0], 2 * weight.shape[1])
         return library.dequantize_4bit(weight.view(-1, 1), scales, NF4_BLOCK, "nf4", shape, dtype)
 
 

@@ -96,6 +96,8 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
             ),
         )
     )
+    if trainer.plain_because and world.device.type == "cuda":
+        say(_("The plain layers are used, not the fast ones: {reason}.", reason=trainer.plain_because))
     rates = [learning_rate(step, config, schedule) for step in (0, schedule.total_steps // 2, schedule.total_steps - 1)]
     say(
         _(

@@ -23,8 +23,9 @@ from utils.checkpoint import Checkpoint
 from utils.compiling import compile_layers, should_compile
 from utils.data import Data
 from utils.distributed import World, sum_across, sum_gradients
+from utils.fused_layers import FusedLayers, why_not
 from utils.llama import causal_lm, forward_hidden
-from utils.loss import labelled_cross_entropy
+from utils.loss import ChunkLoss, chunk_loss, labelled_cross_entropy
 from utils.memory import find_budget, peak_memory_gb, shrink_until_fits
 from utils.metrics import Metrics, Progress
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, scale_gradients
@@ -41,15 +42,17 @@ MAX_FAILED_STEPS = 10
 class ResponseLoss(nn.Module):
     """The model and its loss in one module, which is what FSDP needs to wrap."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, fused: FusedLayers | None = None) -> None:
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.fused = model, dtype, fused
+        self.chunk_loss: ChunkLoss = chunk_loss
         self.kept_layers = len(causal_lm(model).model.layers)
 
     def forward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
         """`scale` times the sum of the cross-entropies of the batch's labelled tokens."""
         device_type = batch.input_ids.device.type
-        with torch.autocast(device_type, self.dtype, enabled=self.dtype != torch.float32):
+        # The fused layers see to their types themselves.
+        with torch.autocast(device_type, self.dtype, enabled=self.dtype != torch.float32 and not self.fused):
             prefix = learnt_prefix(self.model)
             hidden = forward_hidden(
                 self.model,
@@ -59,10 +62,19 @@ class ResponseLoss(nn.Module):
                 batch.segments,
                 past=prefix,
                 kept_layers=self.kept_layers,
+                run_layer=self.fused,
             )
         head = causal_lm(self.model).lm_head.weight
-        rows = hidden[batch.label_rows.to(hidden.device)].to(head.device, self.dtype)
-        return labelled_cross_entropy(rows, head, batch.label_ids.to(head.device), scale)
+        rows = hidden.index_select(0, batch.label_rows.to(hidden.device)).to(head.device, self.dtype)
+        return labelled_cross_entropy(rows, head, batch.label_ids.to(head.device), scale, self.chunk_loss)
+
+    def compile(self) -> None:
+        """Compile what is many small operations; a row may have any length afterwards."""
+        self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
+        if self.fused:
+            self.fused.compile()
+        else:
+            compile_layers(self.model)
 
 
 @dataclass
@@ -98,13 +110,16 @@ class Trainer:
         self.training, self.held_out = data.training, data.held_out
         self.schedule, self.identity = start.schedule, start.identity
         self.longest = max(map(len, [*data.training, *data.held_out]))
-        self.loss_module = ResponseLoss(model, precision.compute)
+        self.plain_because = why_not(model, world.device, precision.compute, config.enable_fsdp)
+        fused = None if self.plain_because else FusedLayers(model)
+        self.loss_module = ResponseLoss(model, precision.compute, fused)
         if config.enable_fsdp:
             shard(self.loss_module, config.fsdp_config, world)
         self.parameters = trainable_parameters(model)
         self.optimizer = make_optimizer(self.parameters.values(), config)
         self.loss_scale = LossScale.for_dtype(precision.compute)
         self.token_budget = 0
+        self._prepared: dict[tuple[int, int], tuple[list[Example], list[tuple[PackedBatch, bool]]]] = {}
         self.done = 0
         self.failed_in_a_row = 0
         self.watch = LossWatch()
@@ -128,11 +143,18 @@ class Trainer:
         self.done, self.last_eval_loss = state["step"], state["last_eval_loss"]
 
     def _choose_budget(self) -> None:
-        """Find the largest micro-batch that fits, trying with the longest examples; a resumed run keeps its own.
+        """Find the micro-batch that fills the card, trying with the longest examples; a resumed run keeps its own.
 
-        Layers are compiled only then: every setting that is tried would be compiled anew. Compiled code may take more
-        memory, so the choice is tried once more, and made smaller where needed.
+        The fused layers are compiled before: two pieces of code serve every setting that is tried. Plain ones would be
+        compiled anew for each, so for them the choice is confirmed once they are compiled, and made smaller if need be.
         """
+        mean_length = sum(map(len, self.training)) / len(self.training)
+        examples_left = (self.schedule.total_steps - self.done) * self.schedule.global_batch_size
+        compiles = should_compile(self.config.torch_compile, self.world.device, round(mean_length * examples_left))
+        fused = self.loss_module.fused is not None
+        if compiles and fused:
+            self.loss_module.compile()
+        layers = len(causal_lm(self.model).model.layers)
         if not self.token_budget:
             lengths = np.array([len(example) for example in self.training])
             steps = range(min(self.schedule.total_steps, 200))
@@ -141,13 +163,11 @@ class Trainer:
                 self.world,
                 self.longest,
                 math.ceil(1.02 * largest_step / self.world.size),  # processes do not share a step out quite evenly
-                len(causal_lm(self.model).model.layers),
+                layers,
                 self._try_micro_batch,
             )
-        mean_length = sum(map(len, self.training)) / len(self.training)
-        examples_left = (self.schedule.total_steps - self.done) * self.schedule.global_batch_size
-        if should_compile(self.config.torch_compile, self.world.device, round(mean_length * examples_left)):
-            compile_layers(self.model)
+        if compiles and not fused:
+            self.loss_module.compile()
             self.token_budget = shrink_until_fits(
                 self.world, self.longest, self.token_budget, self.loss_module.kept_layers, self._try_micro_batch
             )
@@ -272,21 +292,18 @@ class Trainer:
                 self.token_budget = max(self.longest, self.token_budget * 3 // 4)
 
     def _step(self, step: int, rate: float) -> StepResult:
-        examples = [self.training[i] for i in self.schedule.indices(step)]
+        examples, batches = self._prepared.pop((step, self.token_budget), None) or self._prepare(step)
         labels = sum(example.response_length for example in examples)
-        batches = share_out(
-            [len(example) for example in examples], self.token_budget, self.world.size, self.config.micro_batch_size
-        )
         scale = self.loss_scale.value / labels
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for number, chosen in enumerate(batches[self.world.rank :: self.world.size]):
+        for number, (batch, counts) in enumerate(batches):
             # Dropout must not depend on what happened before this step, or a resumed run would differ.
             torch.manual_seed(_seed(self.config.seed, step, self.world.rank, number))
-            # A process without examples goes along with one that counts nothing: gradients are shared by all.
-            batch = pack([examples[i] for i in chosen or [0]], self.world.device, self.longest)
-            value = self.loss_module(batch, scale if chosen else 0.0)
+            value = self.loss_module(batch, scale if counts else 0.0)
             value.backward()
             loss += value.detach().to(loss.device)
+        if step + 1 < self.schedule.total_steps:  # while the card is busy with this step
+            self._prepared = {(step + 1, self.token_budget): self._prepare(step + 1)}
         if not is_sharded(self.loss_module):
             sum_gradients(list(self.parameters.values()))
         (total,) = sum_across([loss.item()], self.world.device)
@@ -303,6 +320,19 @@ class Trainer:
         mean = total / self.loss_scale.value
         self.loss_scale.update(overflowed=not applied)
         return StepResult(mean, norm, applied, examples)
+
+    def _prepare(self, step: int) -> tuple[list[Example], list[tuple[PackedBatch, bool]]]:
+        """A step's examples, and this process's micro-batches of them.
+
+        A process without examples goes along with one that counts nothing (False): gradients are shared by all.
+        """
+        examples = [self.training[i] for i in self.schedule.indices(step)]
+        lengths = [len(example) for example in examples]
+        batches = share_out(lengths, self.token_budget, self.world.size, self.config.micro_batch_size)
+        return examples, [
+            (pack([examples[i] for i in chosen or [0]], self.world.device, self.longest), bool(chosen))
+            for chosen in batches[self.world.rank :: self.world.size]
+        ]
 
     @torch.no_grad()
     def evaluate(self) -> float:

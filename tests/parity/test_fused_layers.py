@@ -1,0 +1,118 @@
+"""The layers written by hand against transformers' and PEFT's own, in outputs and gradients."""
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from configs.peft import LoraConfig
+from configs.training import TrainingConfig
+from utils.adapters import add_adapter, trainable_parameters
+from utils.attention import Segments
+from utils.fused_layers import FusedLayers, why_not
+from utils.llama import forward_hidden, load_base_model, run_plain
+from utils.model_folder import ModelFolder
+
+CPU = torch.device("cpu")
+LENGTHS = [5, 1, 9, 3]
+TARGETS = [["all-linear"], ["q_proj", "v_proj"], ["o_proj", "down_proj"], ["k_proj", "up_proj"]]
+
+
+def adapted_model(folder, targets, quantization=None):
+    """A model with an adapter whose B is not zero, so that A gets a gradient too."""
+    config = TrainingConfig(use_peft=True, lora_config=LoraConfig(r=4, lora_alpha=6, target_modules=targets))
+    model = add_adapter(load_base_model(ModelFolder(folder), torch.float32, [CPU], quantization), config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in trainable_parameters(model).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05, generator=generator)
+    return model
+
+
+def outputs_and_gradients(model, run_layer, kept_layers):
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(3, 500, (sum(LENGTHS),), generator=generator)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    hidden = forward_hidden(
+        model, input_ids, positions, Segments.of(LENGTHS, CPU), kept_layers=kept_layers, run_layer=run_layer
+    )
+    model.zero_grad()
+    (hidden * torch.randn(hidden.shape, generator=generator)).sum().backward()
+    return hidden.detach(), {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
+
+
+def check_equal(model, kept_layers=None):
+    expected, expected_gradients = outputs_and_gradients(model, run_plain, None)
+    hidden, gradients = outputs_and_gradients(model, FusedLayers(model), kept_layers)
+    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids="+".join)
+@pytest.mark.parametrize("folder_name", ["tiny_model", "grouped_model"])
+def test_outputs_and_gradients_are_the_plain_layers(request, folder_name, targets):
+    check_equal(adapted_model(request.getfixturevalue(folder_name), targets))
+
+
+@pytest.mark.parametrize("kept_layers", [0, 1])
+@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+def test_quantised_bases_and_recomputed_layers_too(grouped_model, quantization, kept_layers):
+    check_equal(adapted_model(grouped_model, ["all-linear"], quantization), kept_layers)
+
+
+def test_biases_are_part_of_the_layers(grouped_model, tmp_path):
+    """Qwen2 has them on q, k and v."""
+    folder = tmp_path / "qwen2"
+    config = Qwen2Config(
+        vocab_size=600, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    check_equal(adapted_model(folder, ["all-linear"]))
+
+
+def test_each_weight_stays_its_modules_own_part_of_the_whole(tiny_model):
+    model = adapted_model(tiny_model, ["q_proj", "v_proj"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    FusedLayers(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sharded", "dtype", "reason"),
+    [
+        ({}, False, torch.bfloat16, ""),
+        ({}, False, torch.float32, "bf16 or fp16"),
+        ({}, True, torch.bfloat16, "FSDP"),
+        ({"lora_config": LoraConfig(lora_dropout=0.1)}, False, torch.bfloat16, "lora_dropout 0"),
+        ({"peft_method": "prefix"}, False, torch.bfloat16, "LoRA alone"),
+    ],
+)
+def test_where_they_do_not_serve_the_reason_is_named(tiny_model, monkeypatch, settings, sharded, dtype, reason):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: (8, 0))
+    base = load_base_model(ModelFolder(tiny_model), torch.float32, [CPU])
+    model = add_adapter(base, TrainingConfig(use_peft=True, **settings))
+    answer = why_not(model, torch.device("cuda"), dtype, sharded)
+    assert reason in answer
+    assert bool(reason) == bool(answer)
+    assert why_not(model, CPU, dtype, sharded)
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_compiled_dequantisation_is_the_same_bit_by_bit(grouped_model, quantization, monkeypatch):
+    model = load_base_model(ModelFolder(grouped_model), torch.float32, [CPU], quantization)
+    layer = model.model.layers[0].mlp.down_proj
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = layer.dequantize_stored(dtype, *layer.stored())
+        monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+        assert torch.equal(layer.dequantize_stored(dtype, *layer.stored()), expected)
+        monkeypatch.undo()

@@ -1,0 +1,421 @@
+"""Decoder layers over frozen weights with LoRA beside them, forward and backward written by hand.
+
+`run_plain` (utils/llama.py) is what a layer computes; this computes the same with less memory and in less time, because
+it knows what autograd can't: the weights take no gradient, layers that read the same input can be one matrix product,
+and norms and activations are cheaper to compute again than to keep. Between the matrix products stand pure functions of
+tensors, so that torch.compile makes one kernel of each run of small operations. A test holds both paths equal.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import pad, silu
+
+from configs.messages import _
+from utils.attention import Segments, attention_backward, attention_forward, has_varlen
+from utils.llama import causal_lm
+from utils.quantization import QuantizedLinear
+
+Tensors = tuple[torch.Tensor, ...]
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+"""Families whose layers are: norm, q/k/v, rotation, attention, o, residual, norm, gate/up, SiLU, down, residual."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The numbers of a layer's arithmetic."""
+
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    epsilon: float
+    softmax_scale: float
+
+
+class Linears(NamedTuple):
+    """Linear layers that read the same input; their outputs lie side by side.
+
+    Attributes:
+        dequantize: makes a weight [out, in] of a dtype from one member's stored tensors.
+        stored: what each member stores.
+        bias: [sum of out], or None.
+        lora_a: A of each adapted member, [r, in].
+        lora_b: B of each adapted member, [out, r].
+        places: first output row and scaling of each adapted member.
+        width: sum of out.
+    """
+
+    dequantize: Callable[..., torch.Tensor]
+    stored: tuple[Tensors, ...]
+    bias: torch.Tensor | None
+    lora_a: Tensors
+    lora_b: Tensors
+    places: tuple[tuple[int, float], ...]
+    width: int
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """All weights one under another, [sum of out, in]."""
+        weights = [self.dequantize(dtype, *stored) for stored in self.stored]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def adapter(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The members' adapters as one: A, [sum of r, in], and B times scaling in blocks, [sum of out, sum of r]."""
+        if not self.lora_a:
+            return None
+        blocks = [
+            pad(b.to(dtype) * scaling, (0, 0, start, self.width - start - b.shape[0]))
+            for b, (start, scaling) in zip(self.lora_b, self.places, strict=True)
+        ]
+        return torch.cat([a.to(dtype) for a in self.lora_a]), torch.cat(blocks, dim=1)
+
+
+class LayerWeights(NamedTuple):
+    """All tensors of a layer."""
+
+    input_norm: torch.Tensor
+    query_key_value: Linears
+    output: Linears
+    post_attention_norm: torch.Tensor
+    gate_up: Linears
+    down: Linears
+
+    @property
+    def groups(self) -> tuple[Linears, ...]:
+        """The four groups of linear layers, in the data's order."""
+        return self.query_key_value, self.output, self.gate_up, self.down
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs beside the layer's input; `narrow` are the groups' inputs times A, [length, r]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attention: torch.Tensor
+    log_sum_exp: torch.Tensor
+    random_state: torch.Tensor
+    middle: torch.Tensor
+    gate_up: torch.Tensor
+    narrow: tuple[torch.Tensor | None, ...]
+
+
+class Row(NamedTuple):
+    """Where the row's tokens stand: rotation [length, head_dim] and segment bounds."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    cumulative: torch.Tensor
+    longest: int
+
+
+def why_not(model: nn.Module, device: torch.device, dtype: torch.dtype, is_sharded: bool) -> str:
+    """Why these layers can't stand in for a model's own; '' if they can."""
+    base = causal_lm(model)
+    config = base.config
+    if not has_varlen(device, dtype):
+        return _("it needs bf16 or fp16 on an NVIDIA card of the Ampere generation or newer")
+    if config.model_type not in MODEL_TYPES or config.hidden_act not in ("silu", "swish"):
+        return _("it does not know models of the type {type}", type=config.model_type)
+    if model is base:
+        return _("it is for adapters over frozen weights")
+    if is_sharded:
+        return _("FSDP gathers a layer's weights one by one")
+    peft_config = model.active_peft_config
+    if peft_config.peft_type != "LORA":
+        return _("it knows LoRA alone")
+    if peft_config.lora_dropout:
+        return _("it has no dropout (--lora_config.lora_dropout 0)")
+    return ""
+
+
+class FusedLayers:
+    """Stand-ins for all layers of a decoder; called in the place of `run_plain`.
+
+    The weights of layers that are computed together are laid together in memory, in place: each module's own weight
+    becomes a part of the whole.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights: dict[nn.Module, LayerWeights] = {}
+        for layer in causal_lm(model).model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            self.weights[layer] = LayerWeights(
+                layer.input_layernorm.weight,
+                _linears(attention.q_proj, attention.k_proj, attention.v_proj),
+                _linears(attention.o_proj),
+                layer.post_attention_layernorm.weight,
+                _linears(mlp.gate_proj, mlp.up_proj),
+                _linears(mlp.down_proj),
+            )
+        config = causal_lm(model).config
+        self.shape = LayerShape(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            attention.head_dim,
+            layer.input_layernorm.variance_epsilon,
+            attention.scaling,
+        )
+        self.functions = Functions(_forward, _backward)
+
+    def compile(self) -> None:
+        """Compile forward and backward; all layers share the code, whatever a row's length is."""
+        self.functions = Functions(torch.compile(_forward), torch.compile(_backward))
+
+    def __call__(
+        self,
+        layer: nn.Module,
+        hidden: torch.Tensor,
+        recompute: bool,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        segments: Segments,
+        **_plain: Any,
+    ) -> torch.Tensor:
+        """See run_plain."""
+        weights = self.weights[layer]
+        cos, sin = position_embeddings
+        row = Row(cos[0], sin[0], segments.cumulative, segments.longest)
+        adapters = [tensor for group in weights.groups for tensor in (*group.lora_a, *group.lora_b)]
+        call = _Call(self.functions, self.shape, weights, row, recompute)
+        return _FusedLayer.apply(hidden[0], call, *adapters).unsqueeze(0)
+
+
+class Functions(NamedTuple):
+    """The two functions below, compiled or not."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+class _Call(NamedTuple):
+    """What a layer's passes are made of, beside its input."""
+
+    functions: Functions
+    shape: LayerShape
+    weights: LayerWeights
+    row: Row
+    recompute: bool
+
+
+class _FusedLayer(torch.autograd.Function):
+    """hidden -> hidden, [length, hidden_size]; the adapters' parameters are arguments because they take gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, call: _Call, *adapters: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.detach()  # whether it takes a gradient must not make other code
+        _mark_length(hidden, *call.row[:3])
+        output, saved = call.functions.forward(hidden, call.row, call.shape, call.weights, True)
+        ctx.call, ctx.saved = call, None if call.recompute else saved
+        ctx.save_for_backward(hidden)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (hidden,), call, saved = ctx.saved_tensors, ctx.call, ctx.saved
+        ctx.saved = None
+        _mark_length(hidden, *call.row[:3])
+        if saved is None:
+            _nothing, saved = call.functions.forward(hidden, call.row, call.shape, call.weights, False)
+        (grad_output,) = grad_outputs
+        _mark_length(grad_output, *saved[:4], saved.middle, saved.gate_up)
+        _mark_length(*(narrow for narrow in saved.narrow if narrow is not None))
+        torch._dynamo.maybe_mark_dynamic(saved.log_sum_exp, 1)
+        grad_hidden, grads = call.functions.backward(
+            grad_output.contiguous(), hidden, saved, call.row, call.shape, call.weights, ctx.needs_input_grad[0]
+        )
+        return grad_hidden, None, *grads
+
+
+def _mark_length(*tensors: torch.Tensor) -> None:
+    """Let compiled code take any length."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def _linears(*modules: nn.Module) -> Linears:
+    bases = [getattr(module, "base_layer", module) for module in modules]
+    starts = [sum(base.out_features for base in bases[:i]) for i in range(len(bases))]
+    adapted = [(m, start) for m, start in zip(modules, starts, strict=True) if hasattr(m, "lora_A")]
+    bias = None
+    if bases[0].bias is not None:
+        bias = torch.cat([base.bias.detach() for base in bases])
+    if isinstance(bases[0], QuantizedLinear):
+        dequantize, stored = bases[0].dequantize_stored, tuple(base.stored() for base in bases)
+    else:
+        dequantize, stored = _as_stored, ((_lay_together(bases),),)
+    return Linears(
+        dequantize,
+        stored,
+        bias,
+        tuple(module.lora_A["default"].weight for module, _start in adapted),
+        tuple(module.lora_B["default"].weight for module, _start in adapted),
+        tuple((start, module.scaling["default"]) for module, start in adapted),
+        sum(base.out_features for base in bases),
+    )
+
+
+def _as_stored(_dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _lay_together(bases: Sequence[nn.Linear]) -> torch.Tensor:
+    """One tensor of all weights, of which each module's becomes a view."""
+    if len(bases) == 1:
+        return bases[0].weight
+    together = torch.cat([base.weight.detach() for base in bases])
+    for base, part in zip(bases, together.split([base.out_features for base in bases]), strict=True):
+        base.weight.data = part
+    return together
+
+
+# The layer's arithmetic. `length` is the row's number of tokens; tensors are [length, width] unless said otherwise.
+
+
+def _forward(
+    hidden: torch.Tensor, row: Row, shape: LayerShape, weights: LayerWeights, whole: bool
+) -> tuple[torch.Tensor | None, Saved]:
+    """The layer's output (not if not `whole`, which saves a matrix product), and what its backward pass needs."""
+    normed = _rms_norm(hidden, weights.input_norm, shape.epsilon)
+    together, narrow_qkv = _linear(normed, weights.query_key_value)
+    query, key, value = _split_heads(together, shape)
+    query, key = _rotate(query, row.cos, row.sin), _rotate(key, row.cos, row.sin)
+    value = value.contiguous()  # as a view it would keep the unrotated queries and keys alive
+    attention, log_sum_exp, random_state = attention_forward(
+        query, key, value, row.cumulative, row.longest, shape.softmax_scale
+    )
+    attended, narrow_output = _linear(attention.flatten(1), weights.output)
+    middle = hidden + attended
+    gate_up, narrow_gate_up = _linear(_rms_norm(middle, weights.post_attention_norm, shape.epsilon), weights.gate_up)
+    activation = _gated(gate_up)
+    adapter = weights.down.adapter(activation.dtype)
+    narrow_down = None if adapter is None else activation @ adapter[0].t()
+    narrow = (narrow_qkv, narrow_output, narrow_gate_up, narrow_down)
+    saved = Saved(query, key, value, attention, log_sum_exp, random_state, middle, gate_up, narrow)
+    if not whole:
+        return None, saved
+    down = _frozen(activation, weights.down)
+    return middle + (down if adapter is None else down + narrow_down @ adapter[1].t()), saved
+
+
+def _backward(
+    grad_output: torch.Tensor,
+    hidden: torch.Tensor,
+    saved: Saved,
+    row: Row,
+    shape: LayerShape,
+    weights: LayerWeights,
+    needs_grad_hidden: bool,
+) -> tuple[torch.Tensor | None, Tensors]:
+    """Gradients of the layer's input and of its adapters, in `LayerWeights.groups`' order."""
+    narrow_qkv, narrow_output, narrow_gate_up, narrow_down = saved.narrow
+    activation = _gated(saved.gate_up)
+    grad_activation, grads_down = _linear_backward(grad_output, activation, narrow_down, weights.down)
+    grad_gate_up = _gated_backward(grad_activation, saved.gate_up)
+    normed = _rms_norm(saved.middle, weights.post_attention_norm, shape.epsilon)
+    grad_normed, grads_gate_up = _linear_backward(grad_gate_up, normed, narrow_gate_up, weights.gate_up)
+    grad_middle = grad_output + _rms_norm_backward(
+        grad_normed, saved.middle, weights.post_attention_norm, shape.epsilon
+    )
+    grad_attention, grads_output = _linear_backward(
+        grad_middle, saved.attention.flatten(1), narrow_output, weights.output
+    )
+    grad_query, grad_key, grad_value = attention_backward(
+        grad_attention.view_as(saved.attention),
+        saved.query,
+        saved.key,
+        saved.value,
+        saved.attention,
+        saved.log_sum_exp,
+        saved.random_state,
+        row.cumulative,
+        row.longest,
+        shape.softmax_scale,
+    )
+    grad_query, grad_key = _rotate(grad_query, row.cos, -row.sin), _rotate(grad_key, row.cos, -row.sin)
+    grad_qkv = torch.cat([grad.flatten(1) for grad in (grad_query, grad_key, grad_value)], dim=1)
+    normed = _rms_norm(hidden, weights.input_norm, shape.epsilon)
+    grad_normed, grads_qkv = _linear_backward(grad_qkv, normed, narrow_qkv, weights.query_key_value, needs_grad_hidden)
+    grad_hidden = None
+    if grad_normed is not None:
+        grad_hidden = grad_middle + _rms_norm_backward(grad_normed, hidden, weights.input_norm, shape.epsilon)
+    return grad_hidden, (*grads_qkv, *grads_output, *grads_gate_up, *grads_down)
+
+
+def _frozen(x: torch.Tensor, linears: Linears) -> torch.Tensor:
+    y = x @ linears.weight(x.dtype).t()
+    return y if linears.bias is None else y + linears.bias
+
+
+def _linear(x: torch.Tensor, linears: Linears) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """W x + scaling B A x, and A x."""
+    y = _frozen(x, linears)
+    adapter = linears.adapter(x.dtype)
+    if adapter is None:
+        return y, None
+    a, b = adapter
+    narrow = x @ a.t()
+    return y + narrow @ b.t(), narrow
+
+
+def _linear_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    narrow: torch.Tensor | None,
+    linears: Linears,
+    needs_grad_x: bool = True,
+) -> tuple[torch.Tensor | None, Tensors]:
+    """Gradient of x, and of each member's A and then B."""
+    grad_x = grad @ linears.weight(grad.dtype) if needs_grad_x else None
+    adapter = linears.adapter(grad.dtype)
+    if adapter is None or narrow is None:
+        return grad_x, ()
+    a, b = adapter
+    grad_narrow = grad @ b
+    grad_a, grad_b = grad_narrow.t() @ x, grad.t() @ narrow
+    grads_a, grads_b, column = [], [], 0
+    for a_member, b_member, (start, scaling) in zip(linears.lora_a, linears.lora_b, linears.places, strict=True):
+        end = column + a_member.shape[0]
+        grads_a.append(grad_a[column:end].to(a_member.dtype))
+        grads_b.append(grad_b[start : start + b_member.shape[0], column:end].to(b_member.dtype) * scaling)
+        column = end
+    if grad_x is not None:
+        grad_x = grad_x + grad_narrow @ a
+    return grad_x, (*grads_a, *grads_b)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def _rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    wide, grad = x.float(), grad.float() * weight.float()
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (inverse * grad - wide * inverse.pow(3) * (grad * wide).mean(-1, keepdim=True)).to(x.dtype)
+
+
+def _split_heads(together: torch.Tensor, shape: LayerShape) -> Tensors:
+    """Queries, keys and values, each [length, heads, head_dim], from what the three layers gave."""
+    heads = [shape.heads, shape.key_value_heads, shape.key_value_heads]
+    return together.view(together.shape[0], sum(heads), shape.head_dim).split(heads, dim=1)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021) of [length, heads, head_dim]; with -sin, its backward pass."""
+    wide, cos, sin = x.float(), cos[:, None].float(), sin[:, None].float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def _gated(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (silu(gate.float()) * up.float()).to(gate_up.dtype)
+
+
+def _gated_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = (part.float() for part in gate_up.chunk(2, dim=-1))
+    grad, sigmoid = grad.float(), gate.sigmoid()
+    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return torch.cat((grad_gate, grad * gate * sigmoid), dim=-1).to(gate_up.dtype)
