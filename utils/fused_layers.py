@@ -20,6 +20,7 @@ from utils.llama import causal_lm
 from utils.quantization import QuantizedLinear
 
 Tensors = tuple[torch.Tensor, ...]
+Factors = tuple[torch.Tensor, torch.Tensor]
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Families whose layers are: norm, q/k/v, rotation, attention, o, residual, norm, gate/up, SiLU, down, residual."""
 
@@ -71,6 +72,16 @@ class Linears(NamedTuple):
         ]
         return torch.cat([a.to(dtype) for a in self.lora_a]), torch.cat(blocks, dim=1)
 
+    def split_gradients(self, grad_a: torch.Tensor, grad_b: torch.Tensor) -> Tensors:
+        """Each member's gradients of A, then each one's of B, from those of `adapter`."""
+        grads_a, grads_b, column = [], [], 0
+        for a, b, (start, scaling) in zip(self.lora_a, self.lora_b, self.places, strict=True):
+            end = column + a.shape[0]
+            grads_a.append(grad_a[column:end].to(a.dtype))
+            grads_b.append(grad_b[start : start + b.shape[0], column:end].to(b.dtype) * scaling)
+            column = end
+        return (*grads_a, *grads_b)
+
 
 class LayerWeights(NamedTuple):
     """All tensors of a layer."""
@@ -96,7 +107,6 @@ class Saved(NamedTuple):
     value: torch.Tensor
     attention: torch.Tensor
     log_sum_exp: torch.Tensor
-    random_state: torch.Tensor
     middle: torch.Tensor
     gate_up: torch.Tensor
     narrow: tuple[torch.Tensor | None, ...]
@@ -162,7 +172,9 @@ class FusedLayers:
 
     def compile(self) -> None:
         """Compile forward and backward; all layers share the code, whatever a row's length is."""
-        self.functions = Functions(torch.compile(_forward), torch.compile(_backward))
+        # Halves and members are written where they belong; computed as one, both halves would be, everywhere.
+        options: dict[str, Any] = {"max_pointwise_cat_inputs": 1, "size_asserts": False}
+        self.functions = Functions(*(torch.compile(f, options=options) for f in (_forward, _backward)))
 
     def __call__(
         self,
@@ -282,9 +294,7 @@ def _forward(
     query, key, value = _split_heads(together, shape)
     query, key = _rotate(query, row.cos, row.sin), _rotate(key, row.cos, row.sin)
     value = value.contiguous()  # as a view it would keep the unrotated queries and keys alive
-    attention, log_sum_exp, random_state = attention_forward(
-        query, key, value, row.cumulative, row.longest, shape.softmax_scale
-    )
+    attention, log_sum_exp = attention_forward(query, key, value, row.cumulative, row.longest, shape.softmax_scale)
     attended, narrow_output = _linear(attention.flatten(1), weights.output)
     middle = hidden + attended
     gate_up, narrow_gate_up = _linear(_rms_norm(middle, weights.post_attention_norm, shape.epsilon), weights.gate_up)
@@ -292,11 +302,10 @@ def _forward(
     adapter = weights.down.adapter(activation.dtype)
     narrow_down = None if adapter is None else activation @ adapter[0].t()
     narrow = (narrow_qkv, narrow_output, narrow_gate_up, narrow_down)
-    saved = Saved(query, key, value, attention, log_sum_exp, random_state, middle, gate_up, narrow)
+    saved = Saved(query, key, value, attention, log_sum_exp, middle, gate_up, narrow)
     if not whole:
         return None, saved
-    down = _frozen(activation, weights.down)
-    return middle + (down if adapter is None else down + narrow_down @ adapter[1].t()), saved
+    return middle + _wide(activation, narrow_down, adapter, weights.down), saved
 
 
 def _backward(
@@ -328,13 +337,12 @@ def _backward(
         saved.value,
         saved.attention,
         saved.log_sum_exp,
-        saved.random_state,
         row.cumulative,
         row.longest,
         shape.softmax_scale,
     )
     grad_query, grad_key = _rotate(grad_query, row.cos, -row.sin), _rotate(grad_key, row.cos, -row.sin)
-    grad_qkv = torch.cat([grad.flatten(1) for grad in (grad_query, grad_key, grad_value)], dim=1)
+    grad_qkv = torch.cat((grad_query, grad_key, grad_value), dim=1).flatten(1)
     normed = _rms_norm(hidden, weights.input_norm, shape.epsilon)
     grad_normed, grads_qkv = _linear_backward(grad_qkv, normed, narrow_qkv, weights.query_key_value, needs_grad_hidden)
     grad_hidden = None
@@ -343,20 +351,22 @@ def _backward(
     return grad_hidden, (*grads_qkv, *grads_output, *grads_gate_up, *grads_down)
 
 
-def _frozen(x: torch.Tensor, linears: Linears) -> torch.Tensor:
-    y = x @ linears.weight(x.dtype).t()
-    return y if linears.bias is None else y + linears.bias
-
-
 def _linear(x: torch.Tensor, linears: Linears) -> tuple[torch.Tensor, torch.Tensor | None]:
     """W x + scaling B A x, and A x."""
-    y = _frozen(x, linears)
     adapter = linears.adapter(x.dtype)
-    if adapter is None:
-        return y, None
-    a, b = adapter
-    narrow = x @ a.t()
-    return y + narrow @ b.t(), narrow
+    narrow = None if adapter is None else x @ adapter[0].t()
+    return _wide(x, narrow, adapter, linears), narrow
+
+
+def _wide(
+    x: torch.Tensor,
+    narrow: torch.Tensor | None,
+    adapter: tuple[torch.Tensor, torch.Tensor] | None,
+    linears: Linears,
+) -> torch.Tensor:
+    """W x + scaling B A x, from x and A x."""
+    y = _sum_of_products((x, linears.weight(x.dtype).t()), adapter and (narrow, adapter[1].t()))
+    return y if linears.bias is None else y + linears.bias
 
 
 def _linear_backward(
@@ -367,22 +377,34 @@ def _linear_backward(
     needs_grad_x: bool = True,
 ) -> tuple[torch.Tensor | None, Tensors]:
     """Gradient of x, and of each member's A and then B."""
-    grad_x = grad @ linears.weight(grad.dtype) if needs_grad_x else None
-    adapter = linears.adapter(grad.dtype)
-    if adapter is None or narrow is None:
-        return grad_x, ()
-    a, b = adapter
-    grad_narrow = grad @ b
-    grad_a, grad_b = grad_narrow.t() @ x, grad.t() @ narrow
-    grads_a, grads_b, column = [], [], 0
-    for a_member, b_member, (start, scaling) in zip(linears.lora_a, linears.lora_b, linears.places, strict=True):
-        end = column + a_member.shape[0]
-        grads_a.append(grad_a[column:end].to(a_member.dtype))
-        grads_b.append(grad_b[start : start + b_member.shape[0], column:end].to(b_member.dtype) * scaling)
-        column = end
-    if grad_x is not None:
-        grad_x = grad_x + grad_narrow @ a
-    return grad_x, (*grads_a, *grads_b)
+    adapter, grads, from_adapter = linears.adapter(grad.dtype), (), None
+    if adapter is not None and narrow is not None:
+        a, b = adapter
+        grad_narrow = grad @ b
+        from_adapter = (grad_narrow, a)
+        grads = linears.split_gradients(grad_narrow.t() @ x, grad.t() @ narrow)
+    if not needs_grad_x:
+        return None, grads
+    return _sum_of_products((grad, linears.weight(grad.dtype)), from_adapter), grads
+
+
+def _sum_of_products(wide: Factors, thin: Factors | None) -> torch.Tensor:
+    """The product of the wide factors, plus that of the thin ones."""
+    if thin is None:
+        return wide[0] @ wide[1]
+    total = thin[0] @ thin[1]
+    torch.ops.llama2_chinese.add_product_(total, *wide)
+    return total
+
+
+# The large product is added onto the small one by the matrix kernel itself. The compiler, left alone, would copy.
+_library = torch.library.Library("llama2_chinese", "DEF")
+_library.define("add_product_(Tensor(a!) total, Tensor a, Tensor b) -> ()")
+
+
+@torch.library.impl(_library, "add_product_", "CompositeExplicitAutograd")
+def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    total.addmm_(a, b)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -404,9 +426,10 @@ def _split_heads(together: torch.Tensor, shape: LayerShape) -> Tensors:
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021) of [length, heads, head_dim]; with -sin, its backward pass."""
-    wide, cos, sin = x.float(), cos[:, None].float(), sin[:, None].float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    half = x.shape[-1] // 2
+    sign = torch.where(torch.arange(x.shape[-1], device=x.device) < half, -1.0, 1.0)
+    wide = x.float()
+    return (wide * cos[:, None] + wide.roll(half, dims=-1) * (sin[:, None] * sign)).to(x.dtype)
 
 
 def _gated(gate_up: torch.Tensor) -> torch.Tensor:
@@ -417,5 +440,5 @@ def _gated(gate_up: torch.Tensor) -> torch.Tensor:
 def _gated_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = (part.float() for part in gate_up.chunk(2, dim=-1))
     grad, sigmoid = grad.float(), gate.sigmoid()
-    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat((grad_gate, grad * gate * sigmoid), dim=-1).to(gate_up.dtype)
+    grad_gate, grad_up = grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
+    return torch.cat((grad_gate.to(gate_up.dtype), grad_up.to(gate_up.dtype)), dim=-1)

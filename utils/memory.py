@@ -1,11 +1,9 @@
 """Memory: the largest micro-batch that fits, found by trying."""
 
 import functools
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -15,8 +13,6 @@ CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU: enough to fill it, few enough to stay in its caches."""
 MIN_TOKENS, MAX_TOKENS = 1024, 65_536
 """Tokens of a micro-batch on a GPU: smaller ones leave it idle, larger ones are not faster."""
-SAFE_SHARE = 0.97
-"""Share of the memory that is planned for; the rest is lost between blocks."""
 
 
 def token_budgets(longest_example: int, largest_step: int) -> list[int]:
@@ -50,12 +46,12 @@ def find_budget(
     budgets = token_budgets(longest_example, largest_step)
     best, best_speed = (budgets[-1], 0), 0.0
     for budget in budgets:
-        kept, trial = _most_kept_layers(world, layers, functools.partial(try_step, budget))
-        if trial is None:
+        kept, seconds = _most_kept_layers(world, layers, functools.partial(try_step, budget))
+        if seconds is None:
             continue
-        if budget / trial.seconds < best_speed:
+        if budget / seconds < best_speed:
             break
-        best, best_speed = (budget, kept), budget / trial.seconds
+        best, best_speed = (budget, kept), budget / seconds
         if kept == layers:
             break
     return best
@@ -71,60 +67,37 @@ def shrink_until_fits(
     return longest_example
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What a micro-batch took on the slowest process and on the fullest card."""
-
-    seconds: float
-    peak_bytes: float
-
-
-def _most_kept_layers(world: World, layers: int, try_step: Callable[[int], None]) -> tuple[int, Trial | None]:
-    """How many layers can keep their activations, and what that took; None = not even recomputing all fits."""
-    if trial := measure(world, functools.partial(try_step, layers)):
-        return layers, trial
-    least, trial = 0, measure(world, functools.partial(try_step, 0))
-    some = min(4, layers - 1)
-    if trial and (more := measure(world, functools.partial(try_step, some))):
-        # Memory grows by the same amount with every layer.
-        each = (more.peak_bytes - trial.peak_bytes) / some
-        least, trial = some, more
-        kept = min(layers - 1, some + int((memory_limit(world) * SAFE_SHARE - more.peak_bytes) / each))
-        while kept > some:
-            if most := measure(world, functools.partial(try_step, kept)):
-                return kept, most
-            kept -= 1
-    return least, trial
+def _most_kept_layers(world: World, layers: int, try_step: Callable[[int], None]) -> tuple[int, float | None]:
+    """How many layers can keep their activations, and the seconds that takes; None = recomputing all does not fit."""
+    if seconds := measure(world, functools.partial(try_step, layers)):
+        return layers, seconds
+    kept, too_many = 0, layers
+    seconds = measure(world, functools.partial(try_step, kept))
+    while seconds and too_many - kept > 1:
+        middle = (kept + too_many) // 2
+        if more := measure(world, functools.partial(try_step, middle)):
+            kept, seconds = middle, more
+        else:
+            too_many = middle
+    # Room for one layer stays: later steps have other lengths, and lose a little between blocks.
+    return max(0, kept - 1), seconds
 
 
-def measure(world: World, attempt: Callable[[], None]) -> Trial | None:
-    """Try twice (the first time compiles and warms up), and measure the second; None = out of memory on a process."""
-    seconds = peak = math.inf
+def measure(world: World, attempt: Callable[[], None]) -> float | None:
+    """Seconds that `attempt` takes on the slowest process, the second time; None = out of memory on one of them."""
+    seconds = 0.0
     try:
         attempt()
-        for device in world.devices:
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(world.device)
         start = time.perf_counter()
         attempt()
         torch.cuda.synchronize(world.device)
-        seconds, peak = time.perf_counter() - start, peak_memory_gb(world) * 1e9
+        seconds = time.perf_counter() - start
     except torch.cuda.OutOfMemoryError:
-        pass
+        seconds = math.inf
     torch.cuda.empty_cache()
-    trials = [json.loads(answer) for answer in same_on_all(json.dumps([seconds, peak]))]
-    trial = Trial(max(s for s, _peak in trials), max(p for _s, p in trials))
-    return None if math.isinf(trial.seconds) else trial
-
-
-def memory_limit(world: World) -> float:
-    """Bytes that this process may take of its fullest card: what it has, what is free, and no more than its limit."""
-    limits = []
-    for device in world.devices:
-        free, total = torch.cuda.mem_get_info(device)
-        limit = torch.cuda.get_per_process_memory_fraction(device) * total
-        limits.append(min(limit, free + torch.cuda.memory_reserved(device)))
-    return min(float(text) for text in same_on_all(str(min(limits))))
+    slowest = max(float(answer) for answer in same_on_all(str(seconds)))
+    return None if math.isinf(slowest) else slowest
 
 
 def limit_memory(world: World, gigabytes: float) -> None:

@@ -136,9 +136,10 @@ class Nf4Linear(QuantizedLinear):
             # The same numbers in plain operations, of which the compiler makes one pass over the memory.
             group = torch.arange(absmax.shape[0], device=absmax.device) // ABSMAX_BLOCK
             scales = absmax_code[absmax.int()] * absmax_absmax[group] + offset
-            pairs = weight.view(-1, NF4_BLOCK // 2).int()
-            values = torch.stack((code[pairs >> 4], code[pairs & 15]), dim=-1).flatten(1)
-            return (values * scales[:, None]).to(dtype).view(shape)
+            # The first of the two weights in a byte lies in its upper half.
+            shift = 4 - 4 * torch.arange(2, device=weight.device)
+            values = code[(weight.view(-1, NF4_BLOCK // 2, 1).int() >> shift) & 15]
+            return (values * scales[:, None, None]).to(dtype).view(shape)
         library = torch.ops.bitsandbytes
         scales = library.dequantize_blockwise(absmax, absmax_absmax, absmax_code, ABSMAX_BLOCK, torch.float32) + offset
         return library.dequantize_4bit(weight.view(-1, 1), scales, NF4_BLOCK, "nf4", shape, dtype)

@@ -13,6 +13,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that spin while they wait make every other busy process, and so themselves, several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Rows differ in length from step to step; memory that can grow in place is not lost between blocks of other sizes.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # Models are read from folders; nothing here may wait for a hub that does not answer.

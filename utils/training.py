@@ -1,6 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and an end that loses nothing."""
 
 import contextlib
+import gc
 import hashlib
 import math
 import shutil
@@ -221,6 +222,7 @@ class Trainer:
             UserError: the numbers went wrong for good.
         """
         progress = Progress(self.schedule.total_steps, self.done, self.world.is_main)
+        gc.freeze()  # what exists now stays: looking through all examples for garbage would hold up the card
         with self._signals_noted():
             try:
                 while self.done < self.schedule.total_steps:
