@@ -65,6 +65,7 @@ def fine_tune(
     from utils.llama import load_base_model
     from utils.memory import limit_memory
     from utils.metrics import Metrics, draw_losses
+    from utils.optimization import check_optimizer
     from utils.precision import choose_precision
     from utils.run_folder import find_start, hold_folder, run_identity
     from utils.saving import describe_run, save_result, write_training_config
@@ -90,6 +91,7 @@ def fine_tune(
 
     limit_memory(world, config.gpu_memory_gb)
     precision = choose_precision(world.device, config)
+    check_optimizer(config, world.device)
     say(_("Loading {folder} …", folder=folder.path))
     model = load_base_model(folder, precision.weights, world.devices, config.quantization)
     model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)

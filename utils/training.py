@@ -1,7 +1,6 @@
 """The training loop: steps, evaluations, checkpoints, and an end that loses nothing."""
 
 import contextlib
-import hashlib
 import math
 import shutil
 import signal
@@ -28,7 +27,7 @@ from utils.loss import labelled_cross_entropy
 from utils.memory import find_budget, peak_memory_gb, shrink_until_fits
 from utils.metrics import Metrics, Progress
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, scale_gradients
-from utils.packing import PackedBatch, pack, share_out
+from utils.packing import PackedBatch, pack, seed_of, share_out
 from utils.precision import Precision
 from utils.run_folder import Start
 from utils.sharding import is_sharded, shard
@@ -121,8 +120,6 @@ class Trainer:
         state = checkpoint.state
         tensors = checkpoints.run_tensors(self.parameters, self.optimizer)
         checkpoints.load_tensors(checkpoint, tensors, self.world)
-        for name, parameter in self.parameters.items():
-            self.optimizer.state[parameter] = dict(tensors[f"optimizer.{name}"])
         self.loss_scale = LossScale(**state["loss_scale"])
         self.token_budget, self.loss_module.kept_layers = state["token_budget"], state["kept_layers"]
         self.done, self.last_eval_loss = state["step"], state["last_eval_loss"]
@@ -281,7 +278,7 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for number, chosen in enumerate(batches[self.world.rank :: self.world.size]):
             # Dropout must not depend on what happened before this step, or a resumed run would differ.
-            torch.manual_seed(_seed(self.config.seed, step, self.world.rank, number))
+            torch.manual_seed(seed_of(self.config.seed, step, self.world.rank, number))
             # A process without examples goes along with one that counts nothing: gradients are shared by all.
             batch = pack([examples[i] for i in chosen or [0]], self.world.device, self.longest)
             value = self.loss_module(batch, scale if chosen else 0.0)
@@ -402,7 +399,3 @@ class Trainer:
         finally:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
-
-
-def _seed(*parts: int) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
