@@ -133,7 +133,16 @@ def adapter_parameters(config: TrainingConfig, shape: Shape) -> int:
         settings = config.llama_adapter_config
         return min(settings.adapter_layers, shape.layers) * (settings.adapter_len * shape.hidden + 1)
     linears = shape.linears()
-    return shape.layers * config.lora_config.r * sum(sum(linears[name]) for name in _targets(config, shape))
+    lora = shape.layers * config.lora_config.r * sum(sum(linears[name]) for name in _targets(config, shape))
+    embedding, norm = shape.vocabulary * shape.hidden, shape.layers * shape.hidden
+    whole = {
+        "embed_tokens": embedding,
+        "lm_head": embedding,
+        "norm": 2 * norm + shape.hidden,
+        "input_layernorm": norm,
+        "post_attention_layernorm": norm,
+    }
+    return lora + sum(whole.get(name, 0) for name in config.lora_config.modules_to_save)
 
 
 def _targets(config: TrainingConfig, shape: Shape) -> list[str]:
