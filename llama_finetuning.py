@@ -96,6 +96,7 @@ def fine_tune(
     limit_memory(world, config.gpu_memory_gb)
     precision = choose_precision(world.device, config)
     check_optimizer(config, world.device)
+    report.note_on_cards(config, folder, world, precision, max(map(len, data.training)), say)
     say(_("Loading {folder} …", folder=folder.path))
     model = load_base_model(folder, precision.weights, world.devices, config.quantization)
     model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)
