@@ -61,10 +61,11 @@ def fine_tune(
     """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
     from utils import report
     from utils.adapters import add_adapter, prepare_full
-    from utils.distributed import check_ranks_agree, decide_on_main
+    from utils.distributed import check_ranks_agree, check_shared, decide_on_main, was_restarted
     from utils.llama import load_base_model
     from utils.memory import limit_memory
     from utils.metrics import Metrics, draw_losses
+    from utils.optimization import check_optimizer
     from utils.precision import choose_precision
     from utils.run_folder import find_start, hold_folder, run_identity
     from utils.saving import describe_run, save_result, write_training_config
@@ -74,6 +75,10 @@ def fine_tune(
     say = report.speaker(world)
     output = Path(config.output_dir)
     decide_on_main(world, lambda: hold_folder(output))
+    for folder_of_all in (output, config.checkpoints_dir):
+        check_shared(world, folder_of_all)
+    if was_restarted(world):
+        config.resume = "auto"  # --resume was about the first start
     say(_("Reading {file} …", file=config.alpaca_dataset.data_path))
     data = load_data(config, tokenizer, template, say)
     fingerprints = {
@@ -90,6 +95,8 @@ def fine_tune(
 
     limit_memory(world, config.gpu_memory_gb)
     precision = choose_precision(world.device, config)
+    check_optimizer(config, world.device)
+    report.note_on_cards(config, folder, world, precision, max(map(len, data.training)), say)
     say(_("Loading {folder} …", folder=folder.path))
     model = load_base_model(folder, precision.weights, world.devices, config.quantization)
     model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)

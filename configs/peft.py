@@ -18,6 +18,9 @@ class LoraConfig:
     """The product counts lora_alpha / r times."""
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """Names of the linear layers that get one, or all-linear."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules without a LoRA of their own that are trained whole and saved with the adapter: embed_tokens, lm_head (for
+    new words or a new language), norm (all of them). They take as much memory as in full fine-tuning."""
     lora_dropout: float = 0.0
     """Share of the inputs set to zero in training. Differs from llama-recipes (0.05): it costs speed and, on
     instruction data of this size, gains nothing."""

@@ -45,6 +45,9 @@ class TrainingConfig:
     """Compute in bf16 (or fp16, --use_fp16); False = fp32 throughout. A CPU always computes in fp32."""
     use_fp16: bool = False
     """Compute in fp16 with a gradient scaler instead of bf16: for cards without bf16 (V100, P100, T4)."""
+    pure_bf16: bool = False
+    """Full fine-tuning: keep the trained weights and their gradients in bf16, 4 bytes a parameter instead of 8. Each
+    update is computed in fp32 and rounded up or down at random, so that small ones count on average."""
 
     batch_size_training: int = 4
     """Examples an optimizer step, for each data-parallel process."""
@@ -69,6 +72,9 @@ class TrainingConfig:
     """Share of the steps over which the learning rate rises from zero (cosine only)."""
     gamma: float = 0.85
     """Factor of the learning rate after each epoch (--scheduler step only)."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """Bytes a trained parameter that AdamW keeps: 8 (fp32), or 2 (bitsandbytes' 8 bits); paged = on a card that is full
+    they move to host memory and back."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     gradient_clipping: bool = True
@@ -165,6 +171,14 @@ class TrainingConfig:
             yield _("--freeze_layers is for full fine-tuning: with --use_peft the whole base model is frozen already")
         if self.use_fp16 and not self.mixed_precision:
             yield _("--use_fp16 and --mixed_precision False exclude each other: fp16 is the mixed precision")
+        if self.pure_bf16 and (self.use_fp16 or not self.mixed_precision):
+            yield _("--pure_bf16 computes in bf16: leave --use_fp16 and --mixed_precision False out")
+        if self.optimizer != "adamw" and self.enable_fsdp:
+            yield _(
+                "--optimizer {name} quantizes in blocks that FSDP would cut through: use --optimizer adamw, which "
+                "--enable_fsdp shares out among the cards; --pure_bf16 saves more",
+                name=self.optimizer,
+            )
         if self.use_peft and self.peft_method == "llama_adapter" and self.quantization:
             yield _(
                 "--peft_method llama_adapter passes its prompt through the base model's own weights, which PEFT "
@@ -181,6 +195,7 @@ class TrainingConfig:
             "gamma": (self.scheduler == "step", "--scheduler step"),
             "warmup_ratio": (self.scheduler == "cosine", "--scheduler cosine"),
             "num_freeze_layers": (self.freeze_layers, "--freeze_layers"),
+            "pure_bf16": (not self.use_peft, "full fine-tuning (--use_peft False)"),
             "fsdp_config": (self.enable_fsdp, "--enable_fsdp"),
             "gradient_clipping_threshold": (self.gradient_clipping, "--gradient_clipping"),
         }

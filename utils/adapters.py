@@ -36,11 +36,13 @@ def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
         settings = config.lora_config
         targets = settings.target_modules
         _check_targets(model, targets)
+        _check_modules_to_save(model, settings.modules_to_save)
         peft_config: Any = peft.LoraConfig(
             r=settings.r,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
             target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
+            modules_to_save=settings.modules_to_save or None,
             task_type="CAUSAL_LM",
         )
     elif config.peft_method == "llama_adapter":
@@ -78,6 +80,33 @@ def _check_targets(model: nn.Module, targets: list[str]) -> None:
                 "--lora_config.target_modules: this model has no linear layer named {names}; it has {known}.",
                 names=", ".join(unknown),
                 known=", ".join(sorted(linears)),
+            )
+        )
+
+
+def _check_modules_to_save(model: nn.Module, names: list[str]) -> None:
+    others = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+        and (not isinstance(module, nn.Linear) or module is model.get_output_embeddings())
+    }
+    unknown = sorted(set(names) - others)
+    if unknown:
+        raise UserError(
+            _(
+                "--lora_config.modules_to_save: this model has no embedding, head or norm named {names}; it has "
+                "{known}. (Other linear layers: --lora_config.target_modules.)",
+                names=", ".join(unknown),
+                known=", ".join(sorted(others)),
+            )
+        )
+    if model.config.tie_word_embeddings and (tied := sorted({"embed_tokens", "lm_head"} & set(names))):
+        raise UserError(
+            _(
+                "--lora_config.modules_to_save {names}: embedding and head of this model are one tensor, and an "
+                "adapter would tear them apart. Leave it out, or train all the weights (--use_peft False).",
+                names=",".join(tied),
             )
         )
 

@@ -20,6 +20,7 @@ from torch import nn
 from configs.errors import UserError
 from configs.messages import _
 from utils.distributed import World, barrier, from_main, same_on_all
+from utils.optimization import create_state
 
 COMPLETE = "complete.json"
 UNFINISHED = ".unfinished"
@@ -41,18 +42,15 @@ class Checkpoint:
 def run_tensors(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None
 ) -> dict[str, dict[str, Any]]:
-    """The tensors that make up a run's state, by parameter name; the optimizer's are created where it has none yet."""
+    """The tensors that make up a run's state, by parameter name; the optimizer's are created where it has none yet.
+
+    They, and the dictionaries of the optimizer, are the run's own, so that to load into them is to resume.
+    """
     tensors: dict[str, dict[str, Any]] = {"weights": {name: p.detach() for name, p in parameters.items()}}
     if optimizer is None:
         return tensors
-    for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        tensors[f"optimizer.{name}"] = dict(state)
-    return tensors
+    create_state(optimizer)
+    return tensors | {f"optimizer.{name}": optimizer.state[parameter] for name, parameter in parameters.items()}
 
 
 def save_checkpoint(
@@ -155,7 +153,7 @@ def load_tensors(checkpoint: Checkpoint, tensors: dict[str, dict[str, Any]], wor
 
 def size_of(tensors: dict[str, dict[str, Any]]) -> int:
     """Bytes that a checkpoint of these tensors takes."""
-    return sum(t.nbytes for group in tensors.values() for t in group.values())
+    return sum(t.nbytes for group in tensors.values() for t in group.values() if isinstance(t, torch.Tensor))
 
 
 def numbered(folder: Path) -> list[Path]:

@@ -4,10 +4,13 @@ import contextlib
 import datetime
 import os
 import signal
+import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -19,6 +22,8 @@ from configs.messages import _
 
 Result = TypeVar("Result")
 
+WAIT_FOR_DISK_SECONDS = 5
+"""How long a file may take to appear on the other machines of a network disk."""
 BUCKET_BYTES = 64 * 2**20
 """Gradients are summed across processes in pieces of about this size."""
 
@@ -48,7 +53,12 @@ class World:
 
 
 def start_world(one_gpu: bool) -> World:
-    """Join the other processes, if there are any, and choose this one's devices."""
+    """Join the other processes, if there are any, and choose this one's devices.
+
+    Raises:
+        UserError: torchrun was started in a way that can't work.
+    """
+    _check_restarts_can_work()
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     _end_with_parent()
@@ -70,6 +80,23 @@ def start_world(one_gpu: bool) -> World:
         backend = "nccl" if devices[0].type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     return World(rank, local_rank, size, devices)
+
+
+def _check_restarts_can_work() -> None:
+    """Refuse restarts over several nodes through torchrun's own store.
+
+    Workers find one another under a prefix of it that holds the number of restarts, which each node counts by itself:
+    after the first failure on one node they would read what workers that are gone have left there, and wait for ever.
+    """
+    several_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    if several_nodes and may_restart and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            _(
+                "torchrun can't restart workers on several machines unless they have a store of their own. On each "
+                "machine, before torchrun: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+            )
+        )
 
 
 def _end_with_parent() -> None:
@@ -165,6 +192,44 @@ def decide_on_main(world: World, decide: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def was_restarted(world: World) -> bool:
+    """Whether torchrun has started the workers anew after one of them failed; each node counts its own failures."""
+    return sum_across([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], world.device)[0] > 0
+
+
+def check_shared(world: World, folder: Path) -> None:
+    """Refuse a folder that is not the same for all processes: each of them writes its part of a checkpoint there.
+
+    Raises:
+        UserError: on every process; it names the machines that do not see what rank 0 wrote.
+    """
+    if world.size == 1:
+        return
+
+    def mark() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(prefix=".shared-", dir=folder)
+        os.close(handle)
+        return Path(path).name
+
+    marked = folder / decide_on_main(world, mark)
+    deadline = time.monotonic() + WAIT_FOR_DISK_SECONDS
+    while not (seen := marked.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    machines = [name for name in same_on_all("" if seen else socket.gethostname()) if name]
+    if world.is_main:
+        marked.unlink()
+    if machines:
+        raise UserError(
+            _(
+                "{folder} is not the same folder on {machines} as where the run is led from. Checkpoints are written "
+                "by all machines together: give an --output_dir on a disk that they share.",
+                folder=folder,
+                machines=", ".join(sorted(set(machines))),
+            )
+        )
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

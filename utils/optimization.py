@@ -1,14 +1,17 @@
-"""The optimizer's arithmetic: learning rate over the run, gradient norm and clipping, fp16 loss scale."""
+"""The optimizer and its arithmetic: learning rate over the run, gradient norm and clipping, roundings, loss scale."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from configs.errors import UserError
+from configs.messages import _
 from configs.training import TrainingConfig
-from utils.packing import Schedule
+from utils.packing import Schedule, seed_of
 
 LAST_SHARE = 0.1
 """Where the cosine ends, as a share of the highest learning rate."""
@@ -27,9 +30,138 @@ def learning_rate(step: int, config: TrainingConfig, schedule: Schedule) -> floa
     return config.lr * (LAST_SHARE + (1 - LAST_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
 
 
+@dataclass(frozen=True)
+class BytesEach:
+    """Bytes that a trained parameter takes, by what holds them."""
+
+    weight: float
+    gradient: float
+    optimizer: float
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> "BytesEach":
+        """By --pure_bf16 and --optimizer."""
+        weight = 2.0 if config.pure_bf16 else 4.0
+        # Two moments: in fp32, or in 8 bits with an fp32 scale for every 256 numbers.
+        return cls(weight, weight, 8.0 if config.optimizer == "adamw" else 2 + 2 * 4 / 256)
+
+
+def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
+    """Refuse an optimizer that a device can't run.
+
+    Raises:
+        UserError: a paged one without an NVIDIA card.
+    """
+    if config.optimizer.startswith("paged") and device.type != "cuda":
+        raise UserError(
+            _(
+                "--optimizer {name} moves between a card's memory and the host's, and there is no card here: use "
+                "--optimizer adamw_8bit.",
+                name=config.optimizer,
+            )
+        )
+
+
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), its update fused into few passes over memory."""
-    return torch.optim.AdamW(list(parameters), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    """AdamW (Loshchilov and Hutter 2019): torch's, fused into few passes over memory, or bitsandbytes' in 8 bits.
+
+    The latter is Dettmers et al. 2021, "8-bit Optimizers via Block-wise Quantization"; tensors of less than 4,096
+    numbers stay in fp32.
+    """
+    settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+
+    def make(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, **settings, fused=True)
+        from bitsandbytes import optim
+
+        return {"adamw_8bit": optim.AdamW8bit, "paged_adamw_8bit": optim.PagedAdamW8bit}[config.optimizer](
+            parameters, **settings
+        )
+
+    return StochasticRounding(list(parameters), make, config) if config.pure_bf16 else make(list(parameters))
+
+
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter that has had no step yet the state that an optimizer of make_optimizer begins with."""
+    optimizer = optimizer.inner if isinstance(optimizer, StochasticRounding) else optimizer
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            state = optimizer.state[parameter]
+            if state:
+                continue
+            if isinstance(optimizer, torch.optim.AdamW):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            else:
+                optimizer.init_state(group, parameter, group_index, index)
+
+
+class StochasticRounding(torch.optim.Optimizer):
+    """Lets an optimizer update bf16 weights in fp32, one tensor at a time, and rounds the results stochastically.
+
+    Rounded to the nearest, an update below half of bf16's spacing (1/256 of the weight, or less) would always be lost;
+    rounded up or down with the odds of its nearness to either, it is kept on average: Zamirai et al. 2020, "Revisiting
+    BFloat16 Training". The optimizer's state is as for fp32 weights. The random numbers depend on the run's seed and
+    on the number of the step alone, and are the same on every process that has the same weights.
+
+    Args:
+        parameters: bf16 weights, whole or sharded by FSDP.
+        make: makes the optimizer for the fp32 copies of the weights.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        make: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
+        config: TrainingConfig,
+    ) -> None:
+        super().__init__(parameters, {"lr": config.lr})
+        self.seed = config.seed
+        self.exact = []
+        for parameter in parameters:
+            self.exact.append(nn.Parameter(torch.empty_like(parameter, dtype=torch.float32)))
+            _local(self.exact[-1]).untyped_storage().resize_(0)  # only `step` fills it, for a moment
+        self.inner = make(self.exact)
+        for parameter, exact in zip(parameters, self.exact, strict=True):
+            self.state[parameter] = self.inner.state[exact]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """See torch.optim.Optimizer."""
+        (group,), (inner_group,) = self.param_groups, self.inner.param_groups
+        inner_group["lr"] = group["lr"]
+        steps_done = int(self.state[group["params"][0]].get("step", 0))
+        for index, (parameter, exact) in enumerate(zip(group["params"], self.exact, strict=True)):
+            if parameter.grad is None:
+                continue
+            copy = _local(exact)
+            copy.untyped_storage().resize_(copy.numel() * copy.itemsize)
+            exact.copy_(parameter)
+            exact.grad = parameter.grad.float()
+            self.inner.step()
+            exact.grad = None
+            shard = parameter.device_mesh.get_local_rank() if hasattr(parameter, "device_mesh") else 0
+            _local(parameter).copy_(round_stochastically(copy, seed_of(self.seed, steps_done, index, shard)))
+            copy.untyped_storage().resize_(0)
+
+
+def round_stochastically(values: torch.Tensor, seed: int) -> torch.Tensor:
+    """fp32 -> bf16, up or down at random with odds that keep the mean.
+
+    bf16 is the upper half of an fp32's bits; adding a random number to the lower half carries into the upper one with
+    the probability that the lower half stands for.
+    """
+    generator = torch.Generator(values.device).manual_seed(seed)
+    bits = torch.randint(0, 2**16, values.shape, generator=generator, dtype=torch.int32, device=values.device)
+    bits.add_(values.view(torch.int32)).bitwise_and_(-(2**16))
+    return bits.view(torch.float32).to(torch.bfloat16)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that FSDP may have sharded; it shares the tensor's memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:

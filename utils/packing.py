@@ -4,6 +4,7 @@ Everything here is a pure function of the seed, the step and the examples' lengt
 with any number of processes, without stored state.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,11 @@ import torch
 
 from ft_datasets.alpaca_dataset import Example
 from utils.attention import Segments
+
+
+def seed_of(*parts: int) -> int:
+    """A seed for random numbers that depend on `parts` alone, such as (the run's seed, step)."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
 
 
 @dataclass(frozen=True)

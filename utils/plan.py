@@ -21,6 +21,7 @@ from utils.loss import CHUNK
 from utils.memory import CPU_TOKENS, token_budgets
 from utils.metrics import duration
 from utils.model_folder import ModelFolder
+from utils.optimization import BytesEach, check_optimizer
 from utils.packing import Schedule
 from utils.precision import choose_precision
 
@@ -80,10 +81,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by part."""
+    """Bytes by part; `stored` is what a checkpoint takes of the trainable part."""
 
     weights: float
     trainable: float
+    stored: float
     activations: float
     logits: float
 
@@ -105,10 +107,12 @@ def estimate(
     """Memory of one process with micro-batches of `tokens` tokens."""
     bytes_each = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}.get(quantization or "", compute_bytes)
     if not config.use_peft:
-        weights, trainable = 0.0, 16.0 * (shape.decoder_weights + shape.other_weights)
+        weights, trained = 0.0, shape.decoder_weights + shape.other_weights
     else:
         weights = bytes_each * shape.decoder_weights + compute_bytes * shape.other_weights
-        trainable = 16.0 * adapter_parameters(config, shape)
+        trained = adapter_parameters(config, shape)
+    each = BytesEach.of(config)
+    on_card = each.weight + each.gradient + (0 if config.optimizer.startswith("paged") else each.optimizer)
     targets = _targets(config, shape)
     elements = 4 * shape.intermediate + 6 * shape.hidden + 0.7 * sum(shape.linears()[name][0] for name in targets)
     if compiled:
@@ -118,7 +122,7 @@ def estimate(
     kept_elements = kept_layers * elements + recomputed * shape.hidden + (elements if recomputed else 0)
     activations = tokens * compute_bytes * kept_elements
     logits = 4.0 * CHUNK * shape.vocabulary * 2
-    return Estimate(weights, trainable, activations, logits)
+    return Estimate(weights, on_card * trained, (each.weight + each.optimizer) * trained, activations, logits)
 
 
 def adapter_parameters(config: TrainingConfig, shape: Shape) -> int:
@@ -129,7 +133,16 @@ def adapter_parameters(config: TrainingConfig, shape: Shape) -> int:
         settings = config.llama_adapter_config
         return min(settings.adapter_layers, shape.layers) * (settings.adapter_len * shape.hidden + 1)
     linears = shape.linears()
-    return shape.layers * config.lora_config.r * sum(sum(linears[name]) for name in _targets(config, shape))
+    lora = shape.layers * config.lora_config.r * sum(sum(linears[name]) for name in _targets(config, shape))
+    embedding, norm = shape.vocabulary * shape.hidden, shape.layers * shape.hidden
+    whole = {
+        "embed_tokens": embedding,
+        "lm_head": embedding,
+        "norm": 2 * norm + shape.hidden,
+        "input_layernorm": norm,
+        "post_attention_layernorm": norm,
+    }
+    return lora + sum(whole.get(name, 0) for name in config.lora_config.modules_to_save)
 
 
 def _targets(config: TrainingConfig, shape: Shape) -> list[str]:
@@ -144,6 +157,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     shape = Shape.of(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(device, config)
+    check_optimizer(config, device)
     schedule = Schedule(
         len(data.training), config.batch_size_training, config.num_epochs, config.max_steps, config.seed
     )
@@ -187,8 +201,9 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
         _("    activations {size}  (rows of {tokens} tokens)", size=gigabytes(parts.activations / 1e9), tokens=budget)
     )
     print(_("    logits      {size}", size=gigabytes(parts.logits / 1e9)))
-    checkpoint = parts.trainable * 3 / 4
-    needed = checkpoint * (config.keep_checkpoints + 1) + parts.trainable / 4
+    each = BytesEach.of(config)
+    result = parts.stored * each.weight / (each.weight + each.optimizer)
+    needed = parts.stored * (config.keep_checkpoints + 1) + result
     free = shutil.disk_usage(_existing(Path(config.output_dir))).free
     print(_("  disk         {needed} of {free} free", needed=gigabytes(needed / 1e9), free=gigabytes(free / 1e9)))
     rate = _matmul_flops(device, precision.compute) * SHARE_OF_MATMUL["compiled" if compiled else "plain"]

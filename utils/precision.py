@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from configs.errors import UserError
 from configs.messages import _
 from configs.training import TrainingConfig
 
@@ -18,7 +19,17 @@ class Precision:
 
 
 def choose_precision(device: torch.device, config: TrainingConfig) -> Precision:
-    """The types that a training run has on a device."""
+    """The types that a training run has on a device.
+
+    Raises:
+        UserError: the device lacks the type that is asked for.
+    """
+    if config.pure_bf16:
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(
+                _("--pure_bf16: this card has no bf16. Train an adapter (--use_peft), or use --optimizer adamw_8bit.")
+            )
+        return Precision(torch.bfloat16, torch.bfloat16, "--pure_bf16")
     compute, reason = half_precision(device, config.use_fp16)
     if not config.mixed_precision:
         compute, reason = torch.float32, "--mixed_precision False"

@@ -6,15 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from configs.messages import _
+from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import describe_lengths
 from utils import saving
 from utils.checkpoint import run_tensors, size_of
 from utils.distributed import World
 from utils.llama import causal_lm
-from utils.memory import peak_memory_gb
+from utils.memory import peak_memory_gb, token_budgets
 from utils.metrics import LOSS_PICTURE, METRICS, train_losses
+from utils.model_folder import ModelFolder
 from utils.optimization import learning_rate
+from utils.plan import Shape, estimate
+from utils.precision import Precision
 from utils.run_folder import Start
 
 if TYPE_CHECKING:
@@ -45,6 +51,36 @@ def start_notes(start: Start, output: Path, say: Say) -> None:
         )
     elif start.checkpoint:
         say(_("Going on from {path}.", path=start.checkpoint.path))
+
+
+def note_on_cards(
+    config: TrainingConfig, folder: ModelFolder, world: World, precision: Precision, longest: int, say: Say
+) -> None:
+    """Say that a process for each card would be faster, where one process is laid over several and one would do.
+
+    Layers on several cards work one after the other; processes work at the same time.
+
+    Args:
+        longest: tokens of the longest example.
+    """
+    if len(world.devices) < 2:
+        return
+    free = min(torch.cuda.mem_get_info(device)[0] for device in world.devices)
+    available = min(free, config.gpu_memory_gb * 1e9) if config.gpu_memory_gb else free
+    tokens = token_budgets(longest, 0)[-1]
+    parts = estimate(config, Shape.of(folder), config.quantization, precision.compute.itemsize, tokens, 0, False)
+    if parts.peak <= available:
+        cards = len(world.devices)
+        say(
+            _(
+                "One process works on {cards} cards in turn. Each has room for the whole model (from {needed} GB), so "
+                "a process for each would be faster: torchrun --nproc_per_node {cards} llama_finetuning.py … "
+                "--batch_size_training {batch} (for each process)",
+                cards=cards,
+                needed=f"{parts.peak / 1e9:.1f}",
+                batch=-(-config.batch_size_training // cards),
+            )
+        )
 
 
 def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:

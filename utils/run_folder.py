@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import os
+import socket
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -87,18 +88,21 @@ def hold_folder(folder: Path) -> None:
             break
         except BlockingIOError:
             if time.monotonic() > deadline:
-                holder = os.pread(handle, 32, 0).decode(errors="replace").strip()
+                pid, host = [*os.pread(handle, 300, 0).decode(errors="replace").split(), "?", "?"][:2]
                 raise UserError(
                     _(
-                        "Another run (process {pid}) is writing to {folder}. Wait until it ends, end it with "
-                        "`kill {pid}`, or give another --output_dir.",
-                        pid=holder,
+                        "Another run (process {pid} on {host}) is writing to {folder}. Wait until it ends, end it with "
+                        "`kill {pid}` there, or give another --output_dir.",
+                        pid=pid,
+                        host=host,
                         folder=folder,
                     )
                 ) from None
             time.sleep(0.2)
+        except OSError:
+            break  # some network disks have no locks, and a run must be possible there as well
     os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
+    os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
 
 
 def find_start(config: TrainingConfig, world_size: int, examples: int, fingerprints: dict[str, str]) -> Start:

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import hashlib
 import math
 import shutil
 import signal
@@ -30,7 +29,7 @@ from utils.loss import ChunkLoss, chunk_loss, labelled_cross_entropy
 from utils.memory import find_budget, peak_memory_gb, shrink_until_fits
 from utils.metrics import Metrics, Progress
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, scale_gradients
-from utils.packing import PackedBatch, pack, share_out
+from utils.packing import PackedBatch, pack, seed_of, share_out
 from utils.precision import Precision
 from utils.run_folder import Start
 from utils.sharding import is_sharded, shard
@@ -137,8 +136,6 @@ class Trainer:
         state = checkpoint.state
         tensors = checkpoints.run_tensors(self.parameters, self.optimizer)
         checkpoints.load_tensors(checkpoint, tensors, self.world)
-        for name, parameter in self.parameters.items():
-            self.optimizer.state[parameter] = dict(tensors[f"optimizer.{name}"])
         self.loss_scale = LossScale(**state["loss_scale"])
         self.token_budget, self.loss_module.kept_layers = state["token_budget"], state["kept_layers"]
         self.done, self.last_eval_loss = state["step"], state["last_eval_loss"]
@@ -300,7 +297,7 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for number, (batch, counts) in enumerate(batches):
             # Dropout must not depend on what happened before this step, or a resumed run would differ.
-            torch.manual_seed(_seed(self.config.seed, step, self.world.rank, number))
+            torch.manual_seed(seed_of(self.config.seed, step, self.world.rank, number))
             value = self.loss_module(batch, scale if counts else 0.0)
             value.backward()
             loss += value.detach().to(loss.device)
@@ -434,7 +431,3 @@ class Trainer:
         finally:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
-
-
-def _seed(*parts: int) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")

@@ -22,7 +22,7 @@ COMMANDS = {
     "inference/hf-text-generation-inference/merge_lora_weights.py": MergeConfig,
 }
 OUR_FLAGS = {name for config in COMMANDS.values() for name in re.findall(r"^  --(\S+)", usage(config), re.MULTILINE)}
-TORCHRUN_FLAGS = {"nnodes", "nproc_per_node"}
+TORCHRUN_FLAGS = {"nnodes", "nproc_per_node", "max_restarts"}
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -1,0 +1,74 @@
+"""A training run in the background, for tests that watch it, freeze it and kill it."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ENVIRONMENT, ROOT
+
+NODES_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""What the README tells to set for several nodes; it changes nothing for one."""
+
+
+class BackgroundRun:
+    """A torchrun that can be watched, frozen and killed, its workers included."""
+
+    def __init__(self, flags: list[str], log: Path, launcher: list[str], cwd: Path) -> None:
+        self.log = log
+        command = [sys.executable, "-m", "torch.distributed.run", *launcher, str(ROOT / "llama_finetuning.py"), *flags]
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=ENVIRONMENT | NODES_ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+            )
+
+    def tree(self) -> list[int]:
+        """torchrun and all that descends from it; workers live in sessions of their own."""
+        parents = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        found = [self.process.pid]
+        for pid in found:
+            found += [child for child, parent in parents.items() if parent == pid]
+        return found
+
+    def send(self, signum: int) -> list[int]:
+        """Send a signal to every process of the run."""
+        pids = self.tree()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
+        return pids
+
+    def wait_for_step(self, output: Path, step: int) -> None:
+        """Freeze the run as soon as it has done so many steps."""
+        deadline = time.monotonic() + 120
+        while not any(line["step"] >= step for line in self._whole_lines(output)):
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.005)
+        self.send(signal.SIGSTOP)
+
+    @staticmethod
+    def _whole_lines(output: Path) -> list[dict]:
+        path = output / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def kill(self) -> None:
+        """kill -9 for all at once."""
+        if self.process.poll() is None:
+            self.send(signal.SIGSTOP)
+            self.send(signal.SIGKILL)
+            self.process.wait(30)
