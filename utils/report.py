@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from ft_datasets.alpaca_dataset import describe_lengths
 from utils import saving
 from utils.checkpoint import run_tensors, size_of
 from utils.distributed import World
+from utils.estimate import estimate_of_run
 from utils.llama import causal_lm
 from utils.memory import peak_memory_gb
 from utils.metrics import LOSS_PICTURE, METRICS, train_losses
@@ -150,6 +152,8 @@ def after_last_step(trainer: "Trainer", output: Path, say: Say) -> None:
             else _(", held-out loss {loss}", loss=f"{trainer.last_eval_loss:.3f}"),
         )
     )
+    if trainer.world.device.type == "cuda":
+        say(memory_line(trainer))
     say(
         _(
             "In {folder}: {files}",
@@ -159,6 +163,19 @@ def after_last_step(trainer: "Trainer", output: Path, say: Say) -> None:
     )
     if config.save_model:
         say(_("Talk to it:  {command}", command=saving.chat_command(config)))
+
+
+def memory_line(trainer: "Trainer") -> str:
+    """The run's peak beside its estimate, by part."""
+    parts = estimate_of_run(trainer)
+    sizes = {name: f"{size / 1e9:.2f}" for name, size in asdict(parts).items()}
+    return _(
+        "Memory: {actual} GB at most, {estimate} GB by the estimate (weights {weights}, trained {trained}, activations "
+        "{activations}, temporary {temporary}, logits {logits})",
+        actual=f"{peak_memory_gb(trainer.world):.2f}",
+        estimate=f"{parts.peak / 1e9:.2f}",
+        **sizes,
+    )
 
 
 def model_card(trainer: "Trainer", output: Path) -> str:
