@@ -65,7 +65,7 @@ def cases() -> dict[str, Case]:
             replace(lora, max_seq_length=16_384, batch=2, steps=6, warm_up=2, checkpointing=True), compiled
         ),
         "full-1b": Case(replace(lora, targets=[], full=True), compiled, shape="1b"),
-        "first-step": Case(replace(lora, steps=3, warm_up=1)),
+        "first-step": Case(replace(lora, steps=3, warm_up=1), compiled),
     }
 
 
@@ -110,6 +110,7 @@ def measure(command: list[str], run: Run, timeout: float) -> Result:
         "HF_HUB_OFFLINE": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
+        "UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
     }
     lines, times = [], []

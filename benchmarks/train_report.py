@@ -10,6 +10,7 @@ from pathlib import Path
 
 OURS = "this project"
 PEERS = {"unsloth": "Unsloth", "trl": "TRL", "padded": "padded PEFT loop"}
+COLOURS = dict(zip((OURS, *PEERS.values()), ("#1f5fa8", "#c8553d", "#e0a458", "#9aa5b1"), strict=True))
 PACKAGES = "torch transformers peft bitsandbytes trl unsloth liger_kernel".split()
 BEGIN, END = "<!-- benchmarks/train.py writes from here -->", "<!-- to here -->"
 
@@ -67,18 +68,18 @@ def chart(results: dict[str, dict[str, Result]], path: Path, title: str) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [OURS, *PEERS.values()]
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.8 * len(results)))
+    names = [name for name in (OURS, *PEERS.values()) if any(name in r and r[name].speed for r in results.values())]
+    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.8 * len(results)), layout="constrained")
+    height = 0.8 / max(1, len(names))
     for place, name in enumerate(names):
-        heights = [runs.get(name, Result()).speed for runs in results.values()]
-        positions = [index + 0.2 * place for index in range(len(results))]
-        axes.barh(positions, heights, height=0.2, label=name, color=("#1f5fa8", "#c8553d", "#e0a458", "#9aa5b1")[place])
-    axes.set_yticks([index + 0.3 for index in range(len(results))], list(results))
+        speeds = [runs[name].speed if name in runs else 0.0 for runs in results.values()]
+        positions = [index + height * place for index in range(len(results))]
+        axes.barh(positions, speeds, height=height, label=name, color=COLOURS[name])
+    axes.set_yticks([index + 0.4 - height / 2 for index in range(len(results))], list(results))
     axes.invert_yaxis()
     axes.set(xlabel="useful tokens/s", title=title)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

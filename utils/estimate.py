@@ -119,8 +119,8 @@ def plain(
     """
     linears = shape.linears()
     kept = 4 * shape.intermediate + 6 * shape.hidden + 0.7 * sum(linears[name][0] for name in targets)
-    # Gradients of gate, up and their product; of the layer's input and output and of the norms between.
-    temporary = 3 * shape.intermediate + 4 * shape.hidden
+    # Autograd lets go of what it has used, so little comes on top: a gradient as wide as the MLP, two of the stream.
+    temporary = shape.intermediate + 2 * shape.hidden
     largest = max(a * b for a, b in linears.values())
     # int8 times its fp32 scale is fp32 before it is rounded; NF4 comes out in the compute dtype.
     dequantised = {"8bit": 4.0 + compute_bytes, "4bit": float(compute_bytes)}.get(quantization or "", 0.0)
@@ -146,6 +146,7 @@ def fused(
     kept = 2 * shape.hidden + attention + 2 * shape.intermediate  # input, hidden after attention, gate, up
     softmax_statistics = 4 * shape.heads
     lora = rank * len(targets)
+    # Gradients of gate, up and their product; of input and output and between attention and MLP.
     temporary = 3 * shape.intermediate + 4 * shape.hidden
     largest_group = 2 * shape.intermediate * shape.hidden if quantization else 0  # gate and up together
     return LayerMemory(

@@ -56,6 +56,11 @@ class Schedule:
         start = within * self.global_batch_size
         return order[start : start + self.global_batch_size]
 
+    def largest_step(self, lengths: Sequence[int]) -> int:
+        """Most tokens of a step, of the first 200, where example i has lengths[i]."""
+        array = np.asarray(lengths)
+        return max(int(array[self.indices(step)].sum()) for step in range(min(self.total_steps, 200)))
+
 
 def share_out(lengths: Sequence[int], token_budget: int, world_size: int, micro_batch_size: int = 0) -> list[list[int]]:
     """Share examples out into micro-batches of nearly equal size, as many for each process as for any other.

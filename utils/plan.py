@@ -94,14 +94,14 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     kind: Kind = "compiled" if should_compile(config.torch_compile, device, tokens) else "plain"
     available = _memory_available(config, device, cards)
     longest = max(map(len, [*data.training, *data.held_out]))
-    tokens_per_step = -(-tokens_per_epoch // schedule.steps_per_epoch)
+    largest_step = schedule.largest_step([len(example) for example in data.training])
 
     def fit(variant: TrainingConfig) -> tuple[Estimate, int, bool]:
         """The fastest setting that fits (or the most frugal one), its tokens a micro-batch, and whether it fits."""
         if device.type == "cpu":
             pairs = [(shape.layers, max(longest, CPU_TOKENS))]
         else:
-            budgets = token_budgets(longest, tokens_per_step)
+            budgets = token_budgets(longest, math.ceil(1.02 * largest_step))
             pairs = [(kept, budget) for kept in kept_layer_counts(shape.layers) for budget in budgets]
         found = [
             (estimate(variant, shape, precision.compute.itemsize, kind, budget, kept, cards), kept, budget)

@@ -134,9 +134,7 @@ class Trainer:
         memory, so the choice is tried once more, and made smaller where needed.
         """
         if not self.token_budget:
-            lengths = np.array([len(example) for example in self.training])
-            steps = range(min(self.schedule.total_steps, 200))
-            largest_step = max(int(lengths[self.schedule.indices(step)].sum()) for step in steps)
+            largest_step = self.schedule.largest_step([len(example) for example in self.training])
             self.token_budget, self.loss_module.kept_layers = find_budget(
                 self.world,
                 self.longest,

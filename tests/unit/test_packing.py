@@ -159,6 +159,15 @@ def test_arithmetic_of_steps():
     assert schedule(max_steps=99).total_steps == 15
 
 
+def test_the_largest_step_is_that_of_the_run():
+    lengths = [1, 2, 3, 4, 5, 6, 7, 1000]
+    plan = schedule(examples=8, global_batch_size=3, num_epochs=2)
+    totals = [sum(lengths[i] for i in plan.indices(step)) for step in range(plan.total_steps)]
+    assert plan.largest_step(lengths) == max(totals) > 1000
+    first = schedule(examples=8, global_batch_size=3, num_epochs=2, max_steps=1)
+    assert first.largest_step(lengths) == totals[0]
+
+
 def test_packed_row_of_two_examples_is_as_written_by_hand():
     # <s> 10 11 | 12 13 </s>   and   <s> 20 | 21 </s>: loss on what stands after the bar.
     one = Example(1, "", np.array([1, 10, 11, 12, 13, 2], dtype=np.int32), prompt_length=3)
