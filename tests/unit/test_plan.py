@@ -7,11 +7,12 @@ import torch
 from conftest import make_trainer, train
 from torch import nn
 
+import llama_finetuning
 from configs.command_line import flags_of, parse
 from configs.errors import UserError
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
-from utils import plan
+from utils import plan, report
 from utils.data import load_data
 from utils.distributed import World
 from utils.estimate import (
@@ -25,8 +26,8 @@ from utils.estimate import (
     kind_of,
     trained_parameters,
 )
+from utils.memory import forget_peak
 from utils.model_folder import ModelFolder
-from utils.report import memory_line
 
 LLAMA_7B = Shape.of(
     {
@@ -138,7 +139,7 @@ def test_a_run_can_be_estimated_when_it_is_over(tiny_model, tmp_path):
     train(trainer)
     assert kind_of(trainer.model) == "plain"
     found = estimate_of_run(trainer)
-    assert f"Memory: 0.00 GB at most, {found.peak / 1e9:.2f} GB by the estimate" in memory_line(trainer)
+    assert f"Memory: 0.00 GB at most, {found.peak / 1e9:.2f} GB by the estimate" in report.memory_line(trainer)
     layers = [p for n, p in trainer.model.named_parameters() if not p.requires_grad]
     assert found.weights == sum(p.nbytes for p in layers)
     assert found.trained == sum(BYTES_PER_TRAINED.values()) * sum(p.numel() for p in trainer.parameters.values())
@@ -148,6 +149,27 @@ def test_a_run_can_be_estimated_when_it_is_over(tiny_model, tmp_path):
         * 2048
         * LAYERS["plain"](Shape.of(ModelFolder(tiny_model).config), list(LLAMA_7B.linears()), 8, None, 4).kept
     )
+
+
+def test_a_run_on_a_gpu_tells_peak_and_estimate_at_its_end(tiny_model, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_model, tmp_path, max_steps=1)
+    train(trainer)
+    said: list[str] = []
+    report.after_last_step(trainer, tmp_path, said.append)
+    assert not [line for line in said if line.startswith("Memory")]
+    trainer.world = world(1)
+    monkeypatch.setattr(report, "peak_memory_gb", lambda _world: 1.25)
+    report.after_last_step(trainer, tmp_path, said.append)
+    assert len([line for line in said if line.startswith("Memory: 1.25 GB at most, 0.")]) == 1
+
+
+def test_the_peak_is_forgotten_on_every_card(monkeypatch):
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    forget_peak(world(2))
+    assert reset == world(2).devices
+    forget_peak(World(0, 0, 1, [torch.device("cpu")]))
+    assert len(reset) == 2
 
 
 @pytest.mark.parametrize(
@@ -197,6 +219,17 @@ def test_a_card_that_is_too_small_is_refused_before_loading(tiny_model, data_fil
         plan.check_memory(config, ModelFolder(tiny_model), data, world(1))
     plan.check_memory(replace(config, gpu_memory_gb=0.0), ModelFolder(tiny_model), data, world(1))
     plan.check_memory(config, ModelFolder(tiny_model), data, World(0, 0, 1, [torch.device("cpu")]))
+
+
+def test_memory_is_checked_before_the_model_is_loaded(tiny_model, data_file, tmp_path, monkeypatch):
+    def refuse(*_arguments):
+        raise UserError("too small")
+
+    monkeypatch.setattr(plan, "check_memory", refuse)
+    monkeypatch.setattr("utils.llama.load_base_model", lambda *_arguments: pytest.fail("loaded"))
+    flags = f"--model_name {tiny_model} --alpaca_dataset.data_path {data_file} --output_dir {tmp_path / 'out'}"
+    with pytest.raises(UserError, match="too small"):
+        llama_finetuning.main(flags.split())
 
 
 def data_of(config: TrainingConfig):
