@@ -63,9 +63,10 @@ def fine_tune(
     from utils.adapters import add_adapter, prepare_full
     from utils.distributed import check_ranks_agree, check_shared, decide_on_main, was_restarted
     from utils.llama import load_base_model
-    from utils.memory import limit_memory
+    from utils.memory import forget_peak, limit_memory
     from utils.metrics import Metrics, draw_losses
     from utils.optimization import check_optimizer
+    from utils.plan import check_memory
     from utils.precision import choose_precision
     from utils.run_folder import find_start, hold_folder, run_identity
     from utils.saving import describe_run, save_result, write_training_config
@@ -93,6 +94,7 @@ def fine_tune(
     if start.is_finished:
         return
 
+    check_memory(config, folder, data, world)
     limit_memory(world, config.gpu_memory_gb)
     precision = choose_precision(world.device, config)
     check_optimizer(config, world.device)
@@ -108,6 +110,7 @@ def fine_tune(
     if world.is_main:
         write_training_config(output, description)
     metrics = Metrics(output, world.is_main, trainer.done)
+    forget_peak(world)
     trainer.run(metrics)
     metrics.close()
 

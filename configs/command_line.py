@@ -111,6 +111,18 @@ def find_problems(config: Any) -> Iterator[str]:
             yield from find_problems(getattr(config, field.name))
 
 
+def flags_of(config: Any, prefix: str = "") -> list[str]:
+    """The arguments from which `parse` reads this configuration: every setting that is not its default."""
+    arguments, defaults = [], type(config)()
+    for field in fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if is_dataclass(value):
+            arguments += flags_of(value, name + ".")
+        elif value != getattr(defaults, field.name):
+            arguments += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
+    return arguments
+
+
 def usage(config_class: type) -> str:
     """The text of `--help`: the first paragraph of the class's docstring, then each flag with its meaning."""
     lines = [_(inspect.cleandoc(config_class.__doc__ or "").split("\n\n")[0].replace("\n", " ")), ""]

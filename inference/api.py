@@ -11,7 +11,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, Field, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr
 from starlette.exceptions import HTTPException
 
 from configs.errors import UserError
@@ -40,6 +40,8 @@ Text = Annotated[StrictStr, AfterValidator(_encodable)]
 class StreamRequest(BaseModel):
     """The body of POST /stream; sampling fields that are left out take the server's defaults."""
 
+    model_config = ConfigDict(extra="forbid")
+
     prompt: Annotated[Text, AfterValidator(_not_blank)]
     history: list[tuple[Text, Text]] | None = None
     session_id: Text | None = None
@@ -66,9 +68,12 @@ def make_app(engine: Engine, defaults: Sampling, sessions: StreamSessions) -> Fa
     app = FastAPI(title="llama2-chinese", description="Poll POST /stream until `response` ends in [stop].")
 
     @app.exception_handler(RequestValidationError)
-    async def refuse(_request: Request, error: RequestValidationError) -> JSONResponse:
-        problems = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
-        return _refusal(422, "; ".join(problems))
+    async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+        given = request.headers.get("content-type", "")
+        if "json" not in given:  # curl -d alone says that it sends a form
+            wanted = "the body must be sent with the header Content-Type: application/json"
+            return _refusal(415, f"{wanted} (its Content-Type is {given or 'missing'})")
+        return _refusal(422, "; ".join(map(_describe, error.errors())))
 
     @app.exception_handler(HTTPException)
     async def refuse_unreadable(_request: Request, error: HTTPException) -> JSONResponse:
@@ -103,6 +108,14 @@ def make_app(engine: Engine, defaults: Sampling, sessions: StreamSessions) -> Fa
         return _refusal(413, f"prompt: {error}")
 
     return app
+
+
+def _describe(problem: dict[str, Any]) -> str:
+    """Where a body is wrong, and what is wrong with it."""
+    place = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: no such field; there are {', '.join(StreamRequest.model_fields)}"
+    return f"{place}: {problem['msg']}"
 
 
 def _refusal(status: int, reason: str) -> JSONResponse:

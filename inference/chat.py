@@ -1,5 +1,6 @@
 """A conversation in the terminal."""
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -33,7 +34,7 @@ class Chat:
     def run(self) -> None:
         """Talk until /exit, the end of the input, or Ctrl-D."""
         if sys.stdin.isatty():
-            print(_("Commands: /new /undo /params /exit. Ctrl-C ends an answer."))
+            print(_("Commands: /new /undo /params /exit /help. Ctrl-C ends an answer."))
         for line in _lines():
             command, _space, argument = line.strip().partition(" ")
             if command == "/exit":
@@ -49,6 +50,18 @@ class Chat:
                 )
             elif command == "/params":
                 self._params(argument.strip())
+            elif command == "/help":
+                print(
+                    _(
+                        "/new      begin a new conversation\n"
+                        "/undo     take the last question and its answer back\n"
+                        "/params   show the sampling settings; /params top_p shows one, /params top_p 0.8 changes it\n"
+                        "/exit     end (so does Ctrl-D)\n"
+                        "Ctrl-C ends an answer. A question that begins with / may have a space before it."
+                    )
+                )
+            elif re.match(r"/\w*$", command) and not line.startswith(" "):
+                print(_("There is no command {command}; /help lists those that there are.", command=command))
             elif line.strip():
                 self._answer(line)
 
@@ -74,7 +87,7 @@ class Chat:
         self.history.append((question, answer))
 
     def _params(self, argument: str) -> None:
-        """`/params` shows the sampling settings; `/params top_p 0.8` changes one."""
+        """`/params` shows the sampling settings, `/params top_p` one of them; `/params top_p 0.8` changes it."""
         kinds = get_type_hints(Sampling)
         flags = {field.name: Flag(field.name, field, kinds[field.name], "") for field in fields(Sampling)}
         if argument:
@@ -82,6 +95,9 @@ class Chat:
             try:
                 if name not in flags:
                     raise ValueError(_("no such setting; there are {names}", names=", ".join(flags)))
+                if not text.strip():
+                    print(f"{name}={getattr(self.sampling, name)}")
+                    return
                 before = getattr(self.sampling, name)
                 setattr(self.sampling, name, flags[name].read(text.strip()))
                 if problems := list(Sampling.problems(self.sampling)):

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import pad, silu
 
 from configs.messages import _
+from configs.training import TrainingConfig
 from utils.attention import Segments, attention_backward, attention_forward, has_varlen
 from utils.llama import causal_lm
 from utils.quantization import QuantizedLinear
@@ -121,23 +122,20 @@ class Row(NamedTuple):
     longest: int
 
 
-def why_not(model: nn.Module, device: torch.device, dtype: torch.dtype, is_sharded: bool) -> str:
-    """Why these layers can't stand in for a model's own; '' if they can."""
-    base = causal_lm(model)
-    config = base.config
+def why_not(config: TrainingConfig, model: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:
+    """Why these layers can't stand in for those of a model with such a config.json; '' if they can."""
     if not has_varlen(device, dtype):
         return _("it needs bf16 or fp16 on an NVIDIA card of the Ampere generation or newer")
-    if config.model_type not in MODEL_TYPES or config.hidden_act not in ("silu", "swish"):
-        return _("it does not know models of the type {type}", type=config.model_type)
-    if model is base:
-        return _("it is for adapters over frozen weights")
-    if is_sharded:
-        return _("FSDP gathers a layer's weights one by one")
-    peft_config = model.active_peft_config
-    if peft_config.peft_type != "LORA":
-        return _("it knows LoRA alone")
-    if peft_config.lora_dropout:
+    if model["model_type"] not in MODEL_TYPES or model.get("hidden_act", "silu") not in ("silu", "swish"):
+        return _("it does not know models of the type {type}", type=model["model_type"])
+    if not config.use_peft or config.peft_method != "lora":
+        return _("it is for LoRA over frozen weights")
+    if config.lora_config.lora_dropout:
         return _("it has no dropout (--lora_config.lora_dropout 0)")
+    if not {*config.lora_config.modules_to_save} <= {"embed_tokens", "lm_head"}:
+        return _("it does not train norms (--lora_config.modules_to_save)")
+    if config.enable_fsdp:
+        return _("FSDP gathers a layer's weights one by one")
     return ""
 
 

@@ -108,6 +108,13 @@ def limit_memory(world: World, gigabytes: float) -> None:
             torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
 
 
+def forget_peak(world: World) -> None:
+    """Let peak_memory_gb count from here on: what the search for the micro-batch tried is no part of the training."""
+    if world.device.type == "cuda":
+        for device in world.devices:
+            torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_gb(world: World) -> float:
     """Most memory allocated on any card of this process so far, in GB (1e9 bytes); 0 on a CPU."""
     if world.device.type == "cpu":

@@ -5,6 +5,7 @@ with any number of processes, without stored state.
 """
 
 import hashlib
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,11 @@ class Schedule:
         start = within * self.global_batch_size
         return order[start : start + self.global_batch_size]
 
+    def largest_step(self, lengths: Sequence[int]) -> int:
+        """Most tokens of a step, of the first 200, where example i has lengths[i]."""
+        array = np.asarray(lengths)
+        return max(int(array[self.indices(step)].sum()) for step in range(min(self.total_steps, 200)))
+
 
 def share_out(lengths: Sequence[int], token_budget: int, world_size: int, micro_batch_size: int = 0) -> list[list[int]]:
     """Share examples out into micro-batches of nearly equal size, as many for each process as for any other.
@@ -77,19 +83,23 @@ def share_out(lengths: Sequence[int], token_budget: int, world_size: int, micro_
         Micro-batches as positions in `lengths`, those of rank r at [r::world_size]; some may be empty.
     """
     most = micro_batch_size or len(lengths)
-    needed = max(-(-sum(lengths) // token_budget), -(-len(lengths) // most), 1)
+    # Two that are longer than half the budget never share a micro-batch.
+    alone = sum(2 * length > token_budget for length in lengths)
+    needed = max(-(-sum(lengths) // token_budget), -(-len(lengths) // most), alone, 1)
     count = -(-needed // world_size) * world_size
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while True:
         batches: list[list[int]] = [[] for _ in range(count)]
-        totals = [0] * count
+        open_batches = [(0, b) for b in range(count)]  # a heap of (tokens, number) of those that may take more
         for i in order:
-            open_batches = [b for b in range(count) if len(batches[b]) < most]
-            emptiest = min(open_batches, key=lambda b: (totals[b], b))
-            if totals[emptiest] and totals[emptiest] + lengths[i] > token_budget:
+            total, emptiest = open_batches[0]
+            if total and total + lengths[i] > token_budget:
                 break
             batches[emptiest].append(i)
-            totals[emptiest] += lengths[i]
+            if len(batches[emptiest]) < most:
+                heapq.heapreplace(open_batches, (total + lengths[i], emptiest))
+            else:
+                heapq.heappop(open_batches)
         else:
             return [sorted(batch) for batch in batches]
         count += world_size

@@ -1,161 +1,92 @@
-"""What a run will take, estimated before anything is loaded: memory by part, disk, steps and time.
-
-The constants are fitted to runs on an H100 (7B shape, torch 2.11); docs/benchmarks.md sets estimate beside measurement.
-"""
+"""What a run will take, before anything is loaded: memory by part, disk, steps and time; and whether it can fit."""
 
 import math
+import shlex
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from configs.command_line import flags_of
+from configs.errors import UserError
 from configs.messages import _
-from configs.peft import ALL_LINEAR
 from configs.quantization import Quantization
 from configs.training import TrainingConfig
 from utils.compiling import should_compile
 from utils.data import Data
-from utils.loss import CHUNK
+from utils.distributed import World
+from utils.estimate import Estimate, Kind, Shape, estimate, trained_parameters
+from utils.fused_layers import why_not
 from utils.memory import CPU_TOKENS, token_budgets
 from utils.metrics import duration
 from utils.model_folder import ModelFolder
 from utils.optimization import BytesEach, check_optimizer
 from utils.packing import Schedule
 from utils.precision import choose_precision
+from utils.saving import stored_dtype
 
-SHARE_OF_MATMUL = {"compiled": 0.55, "plain": 0.34}
+SHARE_OF_MATMUL: dict[Kind, float] = {"fused": 0.65, "compiled": 0.55, "plain": 0.34}
 """Speed of a training step as a share of a plain large matrix product's (LoRA, measured)."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The numbers of a model's configuration that memory depends on."""
+def check_memory(config: TrainingConfig, folder: ModelFolder, data: Data, world: World) -> None:
+    """Refuse, before anything is loaded, a run whose weights alone do not fit on the cards.
 
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    key_value: int
-    tied: bool
+    Raises:
+        UserError: with the least that would do, for each way to hold the base model.
+    """
+    if world.device.type == "cuda":
+        total = min(torch.cuda.get_device_properties(device).total_memory for device in world.devices)
+        limit = min(config.gpu_memory_gb * 1e9 or math.inf, total)
+        compute_bytes = choose_precision(world.device, config).compute.itemsize
+        longest = max(map(len, [*data.training, *data.held_out]))
+        refuse_too_little(config, Shape.of(folder.config), compute_bytes, longest, limit, world)
 
-    @classmethod
-    def of(cls, folder: ModelFolder) -> "Shape":
-        """Read from config.json."""
-        config = folder.config
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        return cls(
-            config["num_hidden_layers"],
-            config["hidden_size"],
-            config["intermediate_size"],
-            config["vocab_size"],
-            head_dim * (config.get("num_key_value_heads") or heads),
-            bool(config.get("tie_word_embeddings", False)),
+
+def refuse_too_little(
+    config: TrainingConfig, shape: Shape, compute_bytes: int, longest: int, limit: float, world: World
+) -> None:
+    """As check_memory, for cards of `limit` bytes and a longest example of `longest` tokens."""
+    shards = world.size if config.enable_fsdp else 1
+
+    def least(variant: TrainingConfig) -> Estimate:
+        return estimate(variant, shape, compute_bytes, "plain", longest, 0, len(world.devices), shards)
+
+    if (fixed := least(config).fixed) <= limit:
+        return
+    rows = [
+        f"  {name:20}  --gpu_memory_gb {math.ceil(least(variant).needed / 1e8) / 10:.1f}"
+        for name, variant in variants(config)
+    ]
+    raise UserError(
+        _(
+            "Weights and what is trained take {fixed} GB of a card, and {limit} GB of it may be used (--gpu_memory_gb, "
+            "or the card's size). The least that would do, with the longest example:\n{rows}",
+            fixed=f"{fixed / 1e9:.1f}",
+            limit=f"{limit / 1e9:.1f}",
+            rows="\n".join(rows),
         )
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(in, out) features of a layer's linear modules."""
-        h, i, kv = self.hidden, self.intermediate, self.key_value
-        return {
-            "q_proj": (h, h),
-            "k_proj": (h, kv),
-            "v_proj": (h, kv),
-            "o_proj": (h, h),
-            "gate_proj": (h, i),
-            "up_proj": (h, i),
-            "down_proj": (i, h),
-        }
-
-    @property
-    def decoder_weights(self) -> int:
-        """Parameters of all linear modules of the decoder."""
-        return self.layers * sum(a * b for a, b in self.linears().values())
-
-    @property
-    def other_weights(self) -> int:
-        """Parameters of embedding, head and norms."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2) + (2 * self.layers + 1) * self.hidden
+    )
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes by part; `stored` is what a checkpoint takes of the trainable part."""
-
-    weights: float
-    trainable: float
-    stored: float
-    activations: float
-    logits: float
-
-    @property
-    def peak(self) -> float:
-        """All parts together."""
-        return self.weights + self.trainable + self.activations + self.logits
-
-
-def estimate(
-    config: TrainingConfig,
-    shape: Shape,
-    quantization: Quantization | None,
-    compute_bytes: int,
-    tokens: int,
-    kept_layers: int,
-    compiled: bool,
-) -> Estimate:
-    """Memory of one process with micro-batches of `tokens` tokens."""
-    bytes_each = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}.get(quantization or "", compute_bytes)
-    if not config.use_peft:
-        weights, trained = 0.0, shape.decoder_weights + shape.other_weights
-    else:
-        weights = bytes_each * shape.decoder_weights + compute_bytes * shape.other_weights
-        trained = adapter_parameters(config, shape)
-    each = BytesEach.of(config)
-    on_card = each.weight + each.gradient + (0 if config.optimizer.startswith("paged") else each.optimizer)
-    targets = _targets(config, shape)
-    elements = 4 * shape.intermediate + 6 * shape.hidden + 0.7 * sum(shape.linears()[name][0] for name in targets)
-    if compiled:
-        elements *= 1.03 if quantization else 0.78
-    # A layer that recomputes keeps its input alone; one layer's activations exist at a time.
-    recomputed = shape.layers - kept_layers
-    kept_elements = kept_layers * elements + recomputed * shape.hidden + (elements if recomputed else 0)
-    activations = tokens * compute_bytes * kept_elements
-    logits = 4.0 * CHUNK * shape.vocabulary * 2
-    return Estimate(weights, on_card * trained, (each.weight + each.optimizer) * trained, activations, logits)
-
-
-def adapter_parameters(config: TrainingConfig, shape: Shape) -> int:
-    """Trainable parameters of the chosen adapter."""
-    if config.peft_method == "prefix":
-        return config.prefix_config.num_virtual_tokens * shape.layers * 2 * shape.key_value
-    if config.peft_method == "llama_adapter":
-        settings = config.llama_adapter_config
-        return min(settings.adapter_layers, shape.layers) * (settings.adapter_len * shape.hidden + 1)
-    linears = shape.linears()
-    lora = shape.layers * config.lora_config.r * sum(sum(linears[name]) for name in _targets(config, shape))
-    embedding, norm = shape.vocabulary * shape.hidden, shape.layers * shape.hidden
-    whole = {
-        "embed_tokens": embedding,
-        "lm_head": embedding,
-        "norm": 2 * norm + shape.hidden,
-        "input_layernorm": norm,
-        "post_attention_layernorm": norm,
-    }
-    return lora + sum(whole.get(name, 0) for name in config.lora_config.modules_to_save)
-
-
-def _targets(config: TrainingConfig, shape: Shape) -> list[str]:
-    if not config.use_peft or config.peft_method != "lora":
-        return []
-    chosen = config.lora_config.target_modules
-    return [name for name in shape.linears() if name in chosen or ALL_LINEAR in chosen]
+def variants(config: TrainingConfig) -> list[tuple[str, TrainingConfig]]:
+    """The same run with the base model held in each way, by name; of a full fine-tuning also LoRA instead."""
+    found = [] if config.use_peft else [(_("full fine-tuning"), config)]
+    adapted = replace(config, use_peft=True, freeze_layers=False, num_freeze_layers=1)
+    if adapted.peft_method == "llama_adapter":  # can't be quantised
+        return [*found, ("16 bit", adapted)]
+    choices: tuple[Quantization | None, ...] = (None, "8bit", "4bit")
+    names = [f"--quantization {choice}" if choice else "16 bit" for choice in choices]
+    return found + [(name, replace(adapted, quantization=q)) for name, q in zip(names, choices, strict=True)]
 
 
 def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     """Print the plan of a run with these settings on this machine, one process."""
-    shape = Shape.of(folder)
+    shape = Shape.of(folder.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cards = torch.cuda.device_count() if device.type == "cuda" and not config.one_gpu else 1
     precision = choose_precision(device, config)
     check_optimizer(config, device)
     schedule = Schedule(
@@ -163,58 +94,73 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     )
     tokens_per_epoch = sum(map(len, data.training))
     tokens = round(tokens_per_epoch * schedule.total_steps / schedule.steps_per_epoch)
-    compiled = should_compile(config.torch_compile, device, tokens)
-    available = _memory_available(config, device)
-    longest = max(map(len, data.training))
-    tokens_per_step = -(-tokens_per_epoch // schedule.steps_per_epoch)
-    compute_bytes = precision.compute.itemsize
+    kind: Kind = "compiled" if should_compile(config.torch_compile, device, tokens) else "plain"
+    if not why_not(config, folder.config, device, precision.compute):
+        kind = "fused"
+    available = _memory_available(config, device, cards)
+    longest = max(map(len, [*data.training, *data.held_out]))
+    largest_step = schedule.largest_step([len(example) for example in data.training])
 
-    def fit(quantization: Quantization | None) -> tuple[Estimate, int, bool]:
+    def fit(variant: TrainingConfig) -> tuple[Estimate, int, bool]:
         """The fastest setting that fits (or the most frugal one), its tokens a micro-batch, and whether it fits."""
         if device.type == "cpu":
             pairs = [(shape.layers, max(longest, CPU_TOKENS))]
         else:
-            budgets = token_budgets(longest, tokens_per_step)
+            budgets = token_budgets(longest, math.ceil(1.02 * largest_step))
             pairs = [(kept, budget) for kept in range(shape.layers, -1, -1) for budget in budgets]
         found = [
-            (estimate(config, shape, quantization, compute_bytes, budget, kept, compiled), kept, budget)
+            (estimate(variant, shape, precision.compute.itemsize, kind, budget, kept, cards), kept, budget)
             for kept, budget in pairs
         ]
-        fitting = [candidate for candidate in found if candidate[0].peak <= available]
+        fitting = [candidate for candidate in found if candidate[0].needed <= available]
         parts, _kept, budget = max(fitting, key=lambda c: _relative_speed(c[1] / shape.layers, c[2]), default=found[-1])
         return parts, budget, bool(fitting)
 
-    parts, budget, _fits = fit(config.quantization)
-    gigabytes = "{:6.2f} GB".format
+    parts, budget, _fits = fit(config)
     print(_("Plan for {model}, {examples} examples", model=folder.path, examples=len(data.training)))
     print(_("  steps        {steps} ({tokens} tokens)", steps=schedule.total_steps, tokens=f"{tokens:,}"))
+    print(_("  memory       {peak} at most, of {available}", peak=_gb(parts.peak), available=_gb(available)))
+    if cards > 1:
+        print(_("               (on the fullest of {cards} cards)", cards=cards))
+    print(_("    weights     {size}", size=_gb(parts.weights)))
+    print(_("    trained     {size}  (weights, gradients, optimizer)", size=_gb(parts.trained)))
+    print(_("    activations {size}  (rows of {tokens} tokens)", size=_gb(parts.activations), tokens=budget))
+    print(_("    temporary   {size}  (one layer's backward pass)", size=_gb(parts.temporary)))
+    print(_("    logits      {size}  (before that: the larger of the two counts)", size=_gb(parts.logits)))
     print(
         _(
-            "  memory       {peak} at most, of {available}",
-            peak=gigabytes(parts.peak / 1e9),
-            available=gigabytes(available / 1e9),
+            "  main memory  {size} to save the result, of {free} free",
+            size=_gb(_to_save(config, folder, shape)),
+            free=_gb(_main_memory()),
         )
     )
-    print(_("    weights     {size}", size=gigabytes(parts.weights / 1e9)))
-    print(_("    trained     {size}  (weights, gradients, optimizer)", size=gigabytes(parts.trainable / 1e9)))
-    print(
-        _("    activations {size}  (rows of {tokens} tokens)", size=gigabytes(parts.activations / 1e9), tokens=budget)
-    )
-    print(_("    logits      {size}", size=gigabytes(parts.logits / 1e9)))
     each = BytesEach.of(config)
-    result = parts.stored * each.weight / (each.weight + each.optimizer)
-    needed = parts.stored * (config.keep_checkpoints + 1) + result
+    stored = each.weight + (each.optimizer if config.save_optimizer else 0)
+    needed = trained_parameters(config, shape) * (stored * (config.keep_checkpoints + 1) + each.weight)
     free = shutil.disk_usage(_existing(Path(config.output_dir))).free
-    print(_("  disk         {needed} of {free} free", needed=gigabytes(needed / 1e9), free=gigabytes(free / 1e9)))
-    rate = _matmul_flops(device, precision.compute) * SHARE_OF_MATMUL["compiled" if compiled else "plain"]
-    flops = (4 if config.use_peft else 6) * (shape.decoder_weights + shape.vocabulary * shape.hidden)
+    print(_("  disk         {needed} of {free} free", needed=_gb(needed), free=_gb(free)))
+    rate = _matmul_flops(device, precision.compute) * SHARE_OF_MATMUL[kind]
+    flops = (4 if config.use_peft else 6) * (shape.decoder_weights + shape.head_weights)
     print(_("  time         about {time}", time=duration(tokens * flops / rate)))
+    print(_("What fits in {available}:", available=_gb(available)))
+    for name, variant in variants(config):
+        found, budget, fits = fit(variant)
+        verdict = _("fits, rows of {tokens} tokens", tokens=budget) if fits else _("does not fit")
+        print(f"  {name:20} {_gb(found.needed)}  {verdict}")
+        if fits:
+            print(f"    python llama_finetuning.py {shlex.join(flags_of(replace(variant, plan=False)))}")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:6.2f} GB"
+
+
+def _to_save(config: TrainingConfig, folder: ModelFolder, shape: Shape) -> float:
+    """Bytes of main memory that saving takes: fp32 weights, and of a whole model a copy in its stored dtype."""
     if config.use_peft:
-        print(_("What fits in {available}:", available=gigabytes(available / 1e9)))
-        for name, quantization in (("16 bit", None), ("--quantization 8bit", "8bit"), ("--quantization 4bit", "4bit")):
-            found, budget, fits = fit(quantization)
-            verdict = _("fits, rows of {tokens} tokens", tokens=budget) if fits else _("does not fit")
-            print(f"  {name:20} {gigabytes(found.peak / 1e9)}  {verdict}")
+        return 4.0 * trained_parameters(config, shape)
+    stored = getattr(torch, stored_dtype(folder.path)).itemsize
+    return (4.0 + stored) * (shape.decoder_weights + shape.other_weights)
 
 
 def _relative_speed(kept_share: float, tokens: int) -> float:
@@ -222,12 +168,16 @@ def _relative_speed(kept_share: float, tokens: int) -> float:
     return tokens / (tokens + 300) / (1 + (1 - kept_share) / 2)
 
 
-def _memory_available(config: TrainingConfig, device: torch.device) -> float:
-    if config.gpu_memory_gb:
-        return config.gpu_memory_gb * 1e9
+def _memory_available(config: TrainingConfig, device: torch.device, cards: int) -> float:
+    """Bytes that the run may take of each card, or of main memory."""
+    limit = config.gpu_memory_gb * 1e9 or math.inf
     if device.type == "cuda":
-        cards = 1 if config.one_gpu else torch.cuda.device_count()
-        return sum(torch.cuda.mem_get_info(index)[0] for index in range(cards))
+        return min(limit, *(torch.cuda.mem_get_info(index)[0] for index in range(cards)))
+    return min(limit, _main_memory())
+
+
+def _main_memory() -> float:
+    """Bytes of main memory that are free; infinite where the system does not say."""
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,12 @@ from ft_datasets.alpaca_dataset import describe_lengths
 from utils import saving
 from utils.checkpoint import run_tensors, size_of
 from utils.distributed import World
+from utils.estimate import Shape, estimate, estimate_of_run
 from utils.llama import causal_lm
 from utils.memory import peak_memory_gb, token_budgets
 from utils.metrics import LOSS_PICTURE, METRICS, train_losses
 from utils.model_folder import ModelFolder
 from utils.optimization import learning_rate
-from utils.plan import Shape, estimate
 from utils.precision import Precision
 from utils.run_folder import Start
 
@@ -68,8 +69,8 @@ def note_on_cards(
     free = min(torch.cuda.mem_get_info(device)[0] for device in world.devices)
     available = min(free, config.gpu_memory_gb * 1e9) if config.gpu_memory_gb else free
     tokens = token_budgets(longest, 0)[-1]
-    parts = estimate(config, Shape.of(folder), config.quantization, precision.compute.itemsize, tokens, 0, False)
-    if parts.peak <= available:
+    least = estimate(config, Shape.of(folder.config), precision.compute.itemsize, "plain", tokens, 0)
+    if least.needed <= available:
         cards = len(world.devices)
         say(
             _(
@@ -77,7 +78,7 @@ def note_on_cards(
                 "a process for each would be faster: torchrun --nproc_per_node {cards} llama_finetuning.py … "
                 "--batch_size_training {batch} (for each process)",
                 cards=cards,
-                needed=f"{parts.peak / 1e9:.1f}",
+                needed=f"{least.needed / 1e9:.1f}",
                 batch=-(-config.batch_size_training // cards),
             )
         )
@@ -188,6 +189,8 @@ def after_last_step(trainer: "Trainer", output: Path, say: Say) -> None:
             else _(", held-out loss {loss}", loss=f"{trainer.last_eval_loss:.3f}"),
         )
     )
+    if trainer.world.device.type == "cuda":
+        say(memory_line(trainer))
     say(
         _(
             "In {folder}: {files}",
@@ -197,6 +200,19 @@ def after_last_step(trainer: "Trainer", output: Path, say: Say) -> None:
     )
     if config.save_model:
         say(_("Talk to it:  {command}", command=saving.chat_command(config)))
+
+
+def memory_line(trainer: "Trainer") -> str:
+    """The run's peak beside its estimate, by part."""
+    parts = estimate_of_run(trainer)
+    sizes = {name: f"{size / 1e9:.2f}" for name, size in asdict(parts).items()}
+    return _(
+        "Memory: {actual} GB at most, {estimate} GB by the estimate (weights {weights}, trained {trained}, activations "
+        "{activations}, temporary {temporary}, logits {logits})",
+        actual=f"{peak_memory_gb(trainer.world):.2f}",
+        estimate=f"{parts.peak / 1e9:.2f}",
+        **sizes,
+    )
 
 
 def model_card(trainer: "Trainer", output: Path) -> str:

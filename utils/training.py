@@ -110,7 +110,7 @@ class Trainer:
         self.training, self.held_out = data.training, data.held_out
         self.schedule, self.identity = start.schedule, start.identity
         self.longest = max(map(len, [*data.training, *data.held_out]))
-        self.plain_because = why_not(model, world.device, precision.compute, config.enable_fsdp)
+        self.plain_because = why_not(config, causal_lm(model).config.to_dict(), world.device, precision.compute)
         fused = None if self.plain_because else FusedLayers(model)
         self.loss_module = ResponseLoss(model, precision.compute, fused)
         if config.enable_fsdp:
@@ -148,15 +148,14 @@ class Trainer:
         """
         mean_length = sum(map(len, self.training)) / len(self.training)
         examples_left = (self.schedule.total_steps - self.done) * self.schedule.global_batch_size
-        compiles = should_compile(self.config.torch_compile, self.world.device, round(mean_length * examples_left))
+        tokens_left = round(mean_length * examples_left)
+        self.compiles = should_compile(self.config.torch_compile, self.world.device, tokens_left)
         fused = self.loss_module.fused is not None
-        if compiles and fused:
+        if self.compiles and fused:
             self.loss_module.compile()
         layers = len(causal_lm(self.model).model.layers)
         if not self.token_budget:
-            lengths = np.array([len(example) for example in self.training])
-            steps = range(min(self.schedule.total_steps, 200))
-            largest_step = max(int(lengths[self.schedule.indices(step)].sum()) for step in steps)
+            largest_step = self.schedule.largest_step([len(example) for example in self.training])
             self.token_budget, self.loss_module.kept_layers = find_budget(
                 self.world,
                 self.longest,
@@ -164,7 +163,7 @@ class Trainer:
                 layers,
                 self._try_micro_batch,
             )
-        if compiles and not fused:
+        if self.compiles and not fused:
             self.loss_module.compile()
             self.token_budget = shrink_until_fits(
                 self.world, self.longest, self.token_budget, self.loss_module.kept_layers, self._try_micro_batch

@@ -50,11 +50,11 @@ class Server:
             self.log.append(line)
         self.port = int(self.log[-1].split("127.0.0.1:")[1].split("/")[0])
 
-    def post(self, body: object, path: str = "/stream") -> tuple[int, dict]:
+    def post(self, body: object, content_type: str = "application/json") -> tuple[int, dict]:
         """HTTP status and answer; `body` is sent as it is where it is bytes."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", path, raw, {"Content-Type": "application/json"})
+        connection.request("POST", "/stream", raw, {"Content-Type": content_type} if content_type else {})
         answer = connection.getresponse()
         content = json.loads(answer.read())
         connection.close()
@@ -201,6 +201,7 @@ def test_a_failed_answer_says_why_and_the_server_lives_on(server, greedy):
         ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens"),
         ({"prompt": "a", "max_new_tokens": True}, "max_new_tokens"),
         ({"prompt": "a", "seed": 2**63}, "seed"),
+        ({"prompt": "a", "temprature": 0.5}, "body.temprature: no such field; there are prompt, "),
         ([], "body"),
         (b'{"prompt": ', "body"),
         (b'{"prompt": "\xc4\xe3"}', "body"),
@@ -214,6 +215,15 @@ def test_malformed_bodies_name_their_field(server, body, field):
     assert answer["status"] == status
     assert field in answer["response"]
     assert answer["response"].endswith("[stop]"), "a client that polls must not wait for ever"
+
+
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", ""])
+def test_a_body_that_is_not_sent_as_json_is_told_the_header(server, content_type):
+    status, answer = server.post({"prompt": "你好"}, content_type)
+    assert (status, answer["status"]) == (415, 415)
+    assert "with the header Content-Type: application/json" in answer["response"]
+    assert (content_type or "missing") in answer["response"]
+    assert answer["response"].endswith("[stop]")
 
 
 def test_a_prompt_beyond_the_context_is_refused(server):

@@ -91,6 +91,9 @@ def test_questions_from_a_pipe(model_folder, greedy):
         "",
         "/params top_p 2",
         "/params top_k=5",
+        "/params top_k",
+        "/parms",
+        "/ 再见",
         "/exit",
         "x",
     ]
@@ -108,11 +111,26 @@ def test_questions_from_a_pipe(model_folder, greedy):
         greedy("再见"),
         "top_p 2: top_p 2.0: must be above 0 and at most 1",
         "max_new_tokens=20  temperature=0.0  top_p=0.9  top_k=5  repetition_penalty=1.0  seed=None",
+        "top_k=5",
+        "There is no command /parms; /help lists those that there are.",
+        "There is no command /; /help lists those that there are.",
     ]
     assert greedy("再见", first) != greedy("再见"), "the history must matter for this to prove anything"
     assert done.returncode == 0
     assert done.stdout == re.sub("\r\n?", "\n", "\n".join(expected) + "\n")
     assert done.stderr.count("20 tokens, ") == 4
+
+
+def test_help_names_every_command_and_a_space_makes_a_question_of_one(model_folder, greedy, monkeypatch, capsys):
+    lines = "/help\n /parms\n/etc/passwd\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="utf-8"))
+    generate.main(flags(model_folder, "--max_new_tokens", str(TOKENS)))
+    said, speeds = capsys.readouterr()
+    source = (ROOT / "inference/chat.py").read_text(encoding="utf-8")
+    commands = set(re.findall(r'command == "(/\w+)"', source)) - {"/help"}
+    assert set(re.findall(r"^/\w+", said.partition("Ctrl-C")[0], re.MULTILINE)) == commands >= {"/new", "/exit"}
+    assert f"before it.\n{greedy(' /parms')}\n" in said
+    assert speeds.count("20 tokens, ") == 2
 
 
 def test_a_pipe_that_ends_without_exit_and_bytes_that_are_no_text(model_folder, greedy, monkeypatch, capsys):

@@ -88,23 +88,26 @@ def test_each_weight_stays_its_modules_own_part_of_the_whole(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("settings", "sharded", "dtype", "reason"),
+    ("settings", "dtype", "reason"),
     [
-        ({}, False, torch.bfloat16, ""),
-        ({}, False, torch.float32, "bf16 or fp16"),
-        ({}, True, torch.bfloat16, "FSDP"),
-        ({"lora_config": LoraConfig(lora_dropout=0.1)}, False, torch.bfloat16, "lora_dropout 0"),
-        ({"peft_method": "prefix"}, False, torch.bfloat16, "LoRA alone"),
+        ({}, torch.bfloat16, ""),
+        ({}, torch.float32, "bf16 or fp16"),
+        ({"enable_fsdp": True}, torch.bfloat16, "FSDP"),
+        ({"lora_config": LoraConfig(lora_dropout=0.1)}, torch.bfloat16, "lora_dropout 0"),
+        ({"lora_config": LoraConfig(modules_to_save=["lm_head"])}, torch.bfloat16, ""),
+        ({"lora_config": LoraConfig(modules_to_save=["norm"])}, torch.bfloat16, "norms"),
+        ({"peft_method": "prefix"}, torch.bfloat16, "LoRA"),
+        ({"use_peft": False}, torch.bfloat16, "LoRA"),
     ],
 )
-def test_where_they_do_not_serve_the_reason_is_named(tiny_model, monkeypatch, settings, sharded, dtype, reason):
+def test_where_they_do_not_serve_the_reason_is_named(monkeypatch, settings, dtype, reason):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: (8, 0))
-    base = load_base_model(ModelFolder(tiny_model), torch.float32, [CPU])
-    model = add_adapter(base, TrainingConfig(use_peft=True, **settings))
-    answer = why_not(model, torch.device("cuda"), dtype, sharded)
+    config = TrainingConfig(**{"use_peft": True, **settings})
+    answer = why_not(config, {"model_type": "llama", "hidden_act": "silu"}, torch.device("cuda"), dtype)
     assert reason in answer
     assert bool(reason) == bool(answer)
-    assert why_not(model, CPU, dtype, sharded)
+    assert why_not(config, {"model_type": "llama"}, CPU, dtype)
+    assert "gemma" in why_not(config, {"model_type": "gemma"}, torch.device("cuda"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])

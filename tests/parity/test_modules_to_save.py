@@ -15,7 +15,7 @@ from utils.checkpoint import read_checkpoint
 from utils.llama import load_base_model
 from utils.merging import merge
 from utils.model_folder import ModelFolder
-from utils.plan import Shape, adapter_parameters
+from utils.estimate import Shape, adapter_parameters
 
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
 MODULES = ["embed_tokens", "lm_head", "norm"]
@@ -46,7 +46,7 @@ def test_trained_saved_chatted_with_and_merged_they_compute_the_same(tiny_model,
     norms = {name for name in before if name.endswith("norm.weight")}
     assert whole.keys() == {"model.embed_tokens.weight", "lm_head.weight", *norms}
     assert all((tensor - before[name]).abs().max() > 1e-3 for name, tensor in whole.items())
-    assert adapter_parameters(trainer.config, Shape.of(ModelFolder(tiny_model))) == sum(
+    assert adapter_parameters(trainer.config, Shape.of(ModelFolder(tiny_model).config)) == sum(
         parameter.numel() for parameter in trainer.parameters.values()
     )
 

@@ -1,6 +1,7 @@
 """Which examples a step takes, how processes share them out, and what a packed row looks like."""
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -74,6 +75,42 @@ def test_totals_of_the_micro_batches_are_nearly_equal():
     assert max(totals) - min(totals) < 0.02 * max(totals)
 
 
+def share_out_plainly(lengths: list[int], token_budget: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
+    """The rule as it reads, without a heap: more and more micro-batches, until the longest-first order fits."""
+    most = micro_batch_size or len(lengths)
+    count = world_size
+    while count * token_budget < sum(lengths):
+        count += world_size
+    while True:
+        batches = [[] for _ in range(count)]
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            totals = [sum(lengths[j] for j in batch) for batch in batches]
+            chosen = min((b for b in range(count) if len(batches[b]) < most), key=lambda b: totals[b], default=None)
+            if chosen is None or (totals[chosen] and totals[chosen] + lengths[i] > token_budget):
+                break
+            batches[chosen].append(i)
+        else:
+            return [sorted(batch) for batch in batches]
+        count += world_size
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_sharing_out_follows_its_rule(seed):
+    chooser = random.Random(seed)
+    longest = chooser.choice([3, 60, 300])
+    lengths = [chooser.randint(1, longest) for _ in range(chooser.randint(1, 30))]
+    arguments = chooser.choice([20, 100, 400, 3000]), chooser.randint(1, 3), chooser.choice([0, 0, 1, 2, 5])
+    assert share_out(lengths, *arguments) == share_out_plainly(lengths, *arguments)
+
+
+@pytest.mark.parametrize(("budget", "micro_batch_size"), [(4096, 1), (4096, 0), (100_000, 0)])
+def test_sharing_out_many_examples_takes_no_time(budget, micro_batch_size):
+    lengths = some_lengths(20_000)
+    start = time.process_time()
+    share_out(lengths, budget, 1, micro_batch_size)
+    assert time.process_time() - start < 1.5
+
+
 def schedule(**changes) -> Schedule:
     settings = {"examples": 23, "global_batch_size": 5, "num_epochs": 3, "max_steps": 0, "seed": 42, **changes}
     return Schedule(**settings)
@@ -120,6 +157,15 @@ def test_arithmetic_of_steps():
     assert [plan.ends_epoch(step) for step in (0, 4, 5, 14)] == [False, True, False, True]
     assert schedule(max_steps=7).total_steps == 7
     assert schedule(max_steps=99).total_steps == 15
+
+
+def test_the_largest_step_is_that_of_the_run():
+    lengths = [1, 2, 3, 4, 5, 6, 7, 1000]
+    plan = schedule(examples=8, global_batch_size=3, num_epochs=2)
+    totals = [sum(lengths[i] for i in plan.indices(step)) for step in range(plan.total_steps)]
+    assert plan.largest_step(lengths) == max(totals) > 1000
+    first = schedule(examples=8, global_batch_size=3, num_epochs=2, max_steps=1)
+    assert first.largest_step(lengths) == totals[0]
 
 
 def test_packed_row_of_two_examples_is_as_written_by_hand():

@@ -1,0 +1,296 @@
+"""The memory estimate against sums made by hand and tensors counted; what the plan says of settings that can't fit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_trainer, train
+from torch import nn
+
+import llama_finetuning
+from configs.command_line import flags_of, parse
+from configs.errors import UserError
+from configs.peft import LoraConfig
+from configs.training import TrainingConfig
+from utils import plan, report
+from utils.data import load_data
+from utils.distributed import World
+from utils.estimate import (
+    LAYERS,
+    LayerMemory,
+    Shape,
+    estimate,
+    estimate_of_run,
+    fused,
+    trained_parameters,
+)
+from utils.memory import forget_peak
+from utils.model_folder import ModelFolder
+
+LLAMA_7B = Shape.of(
+    {
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "vocab_size": 32000,
+        "num_attention_heads": 32,
+    }
+)
+ALL = LoraConfig(target_modules=["all-linear"])
+LORA = TrainingConfig(use_peft=True, lora_config=ALL)
+
+
+def world(cards: int, size: int = 1) -> World:
+    return World(0, 0, size, [torch.device("cuda", index) for index in range(cards)])
+
+
+def test_weights_of_llama_2_7b():
+    assert LLAMA_7B.decoder_weights + LLAMA_7B.other_weights == 6_738_415_616  # transformers' num_parameters()
+    assert estimate(LORA, LLAMA_7B, 2, "plain", 1000, 32).weights == 2 * 6_738_415_616
+    int8 = estimate(replace(LORA, quantization="8bit"), LLAMA_7B, 2, "plain", 1000, 32).weights
+    assert int8 == 6_476_005_376 + 2 * 262_410_240  # a byte for each of the layers' weights
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_peft": False}, {"use_peft": False, "freeze_layers": True}])
+def test_trained_parameters_are_those_of_a_model(grouped_model, tmp_path, settings):
+    trainer = make_trainer(grouped_model, tmp_path, **{"lora_config": ALL, **settings})
+    shape = Shape.of(ModelFolder(grouped_model).config)
+    counted = sum(p.numel() for n, p in trainer.parameters.items() if "bias" not in n)
+    assert counted == trained_parameters(trainer.config, shape)
+
+
+@pytest.mark.parametrize("cards", [1, 2, 5])
+@pytest.mark.parametrize("kept", [0, 8, 32])
+def test_parts_of_the_fused_layer_by_hand(cards, kept):
+    tokens, hidden, wide, heads = 1000, 4096, 11008, 32
+    saved = 2 * (2 * hidden + 4 * hidden + 2 * wide + 8 * 7) + 4 * heads
+    temporary = tokens * 2 * (3 * wide + 4 * hidden) + 2 * 2 * wide * hidden
+    layers = {1: 32, 2: 16, 5: 7}[cards]
+    here = min(kept, layers)
+    found = estimate(replace(LORA, quantization="8bit"), LLAMA_7B, 2, "fused", tokens, kept, cards)
+    assert found.activations == tokens * (here * saved + (layers - here) * 2 * hidden)
+    # Without layers that keep theirs, a layer that computes its activations again has them beside the gradients.
+    assert found.temporary == (temporary if here else temporary + tokens * saved)
+    assert found.peak == pytest.approx(
+        found.weights + found.trained + found.activations + max(found.temporary, found.logits) + 0.07e9
+    )
+    assert found.needed > found.peak
+
+
+def test_memory_is_more_with_more_of_anything():
+    def peak(tokens=4000, kept=16, cards=1, shards=1, kind="plain", **settings):
+        return estimate(replace(LORA, **settings), LLAMA_7B, 2, kind, tokens, kept, cards, shards).peak
+
+    base = peak()
+    assert peak(tokens=8000) > base
+    assert peak(kept=32) > base > peak(kept=0)
+    assert base > peak(cards=2) > base / 2
+    assert base > peak(shards=2)
+    assert peak(kind="compiled") < base
+    assert peak(quantization="4bit") < peak(quantization="8bit") < base < peak(use_peft=False)
+    assert peak(use_peft=False, freeze_layers=True, num_freeze_layers=30) < peak(use_peft=False)
+
+
+def test_two_cards_hold_the_parts_of_one():
+    one, two = (estimate(LORA, LLAMA_7B, 2, "plain", 1000, 32, cards) for cards in (1, 2))
+    assert two.activations == one.activations / 2
+    assert two.trained == one.trained / 2
+    assert two.weights == 16 * LLAMA_7B.layer_weights * 2 + 32000 * 4096 * 2  # its layers, and the head
+
+
+def saved_bytes(module: nn.Module, hidden: torch.Tensor, **arguments) -> int:
+    """Bytes that autograd keeps of a forward pass, parameters left out, each storage once."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(hidden, **arguments)
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own)
+
+
+def test_the_plain_layers_activations_are_near_those_that_autograd_keeps(tiny_model, tmp_path):
+    """On a CPU, all in fp32; the estimate was fitted to bf16 on a GPU, where norms keep more: within a third."""
+    from utils.attention import Segments
+    from utils.llama import causal_lm
+
+    trainer = make_trainer(tiny_model, tmp_path, lora_config=ALL)
+    decoder, tokens = causal_lm(trainer.model).model, 256
+    hidden = torch.randn(1, tokens, 64, requires_grad=True)
+    positions = torch.arange(tokens)[None]
+    arguments = {
+        "attention_mask": None,
+        "position_ids": positions,
+        "position_embeddings": decoder.rotary_emb(hidden, positions),
+        "segments": Segments.of([tokens], torch.device("cpu")),
+        "past": None,
+    }
+    shape = Shape.of(ModelFolder(tiny_model).config)
+    layer = LAYERS["plain"](shape, list(shape.linears()), 8, None, 4)
+    assert saved_bytes(decoder.layers[0], hidden, **arguments) / tokens == pytest.approx(layer.kept, rel=0.34)
+
+
+def test_a_run_can_be_estimated_when_it_is_over(tiny_model, tmp_path):
+    trainer = make_trainer(tiny_model, tmp_path, lora_config=ALL, max_steps=1)
+    train(trainer)
+    found = estimate_of_run(trainer)
+    assert f"Memory: 0.00 GB at most, {found.peak / 1e9:.2f} GB by the estimate" in report.memory_line(trainer)
+    layers = [p for n, p in trainer.model.named_parameters() if not p.requires_grad]
+    assert found.weights == sum(p.nbytes for p in layers)
+    assert found.trained == 16 * sum(p.numel() for p in trainer.parameters.values())
+    assert (
+        found.activations
+        == 2
+        * 2048
+        * LAYERS["plain"](Shape.of(ModelFolder(tiny_model).config), list(LLAMA_7B.linears()), 8, None, 4).kept
+    )
+
+
+def test_a_run_on_a_gpu_tells_peak_and_estimate_at_its_end(tiny_model, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_model, tmp_path, max_steps=1)
+    train(trainer)
+    said: list[str] = []
+    report.after_last_step(trainer, tmp_path, said.append)
+    assert not [line for line in said if line.startswith("Memory")]
+    trainer.world = world(1)
+    monkeypatch.setattr(report, "peak_memory_gb", lambda _world: 1.25)
+    report.after_last_step(trainer, tmp_path, said.append)
+    assert len([line for line in said if line.startswith("Memory: 1.25 GB at most, 0.")]) == 1
+
+
+def test_the_peak_is_forgotten_on_every_card(monkeypatch):
+    reset: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    forget_peak(world(2))
+    assert reset == world(2).devices
+    forget_peak(World(0, 0, 1, [torch.device("cpu")]))
+    assert len(reset) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit", "cards", "refused"),
+    [
+        ({}, 14e9, 1, False),
+        ({}, 13e9, 1, True),
+        ({}, 8e9, 2, False),  # each card's limit
+        ({}, 6e9, 2, True),
+        ({"quantization": "8bit"}, 8e9, 1, False),
+        ({"quantization": "8bit"}, 4.5e9, 1, True),
+        ({"quantization": "4bit"}, 4.5e9, 1, False),
+        ({"use_peft": False}, 80e9, 1, True),
+    ],
+)
+def test_a_limit_below_the_weights_is_refused_with_what_would_do(settings, limit, cards, refused):
+    config = replace(LORA, **settings)
+    if not refused:
+        plan.refuse_too_little(config, LLAMA_7B, 2, 512, limit, world(cards))
+        return
+    with pytest.raises(UserError) as error:
+        plan.refuse_too_little(config, LLAMA_7B, 2, 512, limit, world(cards))
+    message = str(error.value)
+    assert f"{limit / 1e9:.1f} GB of it may be used" in message
+    rows = {row.rpartition("--gpu_memory_gb")[0].strip(): float(row.split()[-1]) for row in message.splitlines()[1:]}
+    assert rows["16 bit"] > rows["--quantization 8bit"] > rows["--quantization 4bit"] > 1
+    assert ("full fine-tuning" in rows) != config.use_peft
+    for name, variant in plan.variants(config):  # what is advised is not refused
+        plan.refuse_too_little(variant, LLAMA_7B, 2, 512, rows[name] * 1e9, world(cards))
+
+
+def test_sharing_out_among_processes_counts():
+    full = replace(LORA, use_peft=False, enable_fsdp=True)
+    plan.refuse_too_little(full, LLAMA_7B, 2, 512, 70e9, world(1, size=2))
+    with pytest.raises(UserError):
+        plan.refuse_too_little(full, LLAMA_7B, 2, 512, 70e9, world(1, size=1))
+
+
+def test_a_card_that_is_too_small_is_refused_before_loading(tiny_model, data_file, tmp_path, monkeypatch):
+    config = TrainingConfig(model_name=str(tiny_model), use_peft=True, gpu_memory_gb=1e-6)
+    config.alpaca_dataset.data_path = str(data_file)
+    data = data_of(config)
+    properties = type("Properties", (), {"total_memory": 16e9})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    with pytest.raises(UserError, match=r"--gpu_memory_gb 0\.1"):
+        plan.check_memory(config, ModelFolder(tiny_model), data, world(1))
+    plan.check_memory(replace(config, gpu_memory_gb=0.0), ModelFolder(tiny_model), data, world(1))
+    plan.check_memory(config, ModelFolder(tiny_model), data, World(0, 0, 1, [torch.device("cpu")]))
+
+
+def test_memory_is_checked_before_the_model_is_loaded(tiny_model, data_file, tmp_path, monkeypatch):
+    def refuse(*_arguments):
+        raise UserError("too small")
+
+    monkeypatch.setattr(plan, "check_memory", refuse)
+    monkeypatch.setattr("utils.llama.load_base_model", lambda *_arguments: pytest.fail("loaded"))
+    flags = f"--model_name {tiny_model} --alpaca_dataset.data_path {data_file} --output_dir {tmp_path / 'out'}"
+    with pytest.raises(UserError, match="too small"):
+        llama_finetuning.main(flags.split())
+
+
+def data_of(config: TrainingConfig):
+    from ft_datasets.prompt import PromptTemplate
+    from ft_datasets.tokenizer import Tokenizer
+
+    return load_data(config, Tokenizer(config.model_name), PromptTemplate(), report=lambda _message: None)
+
+
+def printed_plan(config: TrainingConfig, capsys) -> str:
+    plan.print_plan(config, ModelFolder(config.model_name), data_of(config))
+    return capsys.readouterr().out
+
+
+def test_the_plan_gives_the_command_of_everything_that_fits(tiny_model, data_file, tmp_path, capsys):
+    flags = f"--model_name {tiny_model} --alpaca_dataset.data_path {data_file} --output_dir {tmp_path}"
+    config = parse(TrainingConfig, [*flags.split(), "--plan", "--lr", "2e-3", "--save_optimizer", "False"])
+    text = printed_plan(config, capsys)
+    commands = [line.split()[2:] for line in text.splitlines() if "llama_finetuning.py" in line]
+    parsed = [parse(TrainingConfig, command) for command in commands]
+    assert [(c.use_peft, c.quantization) for c in parsed] == [
+        (False, None),
+        (True, None),
+        (True, "8bit"),
+        (True, "4bit"),
+    ]
+    assert parsed[0] == replace(config, plan=False)
+    assert all((c.lr, c.plan) == (2e-3, False) for c in parsed)
+    # fp32 weights alone, three checkpoints and the result.
+    trained = sum(t.numel() for _name, t in ModelFolder(tiny_model).tensors())
+    assert f"  disk         {trained * 16 / 1e9:6.2f} GB of" in text
+
+
+def test_the_plan_counts_each_card(tiny_model, data_file, tmp_path, capsys, monkeypatch):
+    config = TrainingConfig(model_name=str(tiny_model), output_dir=str(tmp_path), use_peft=True, gpu_memory_gb=5)
+    config.alpaca_dataset.data_path = str(data_file)
+    assert "of   5.00 GB" in printed_plan(config, capsys)
+    free = {0: (9e9, 16e9), 1: (4e9, 16e9)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: free[index])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
+    monkeypatch.setattr(plan, "_matmul_flops", lambda _device, _dtype: 1e12)
+    text = printed_plan(config, capsys)
+    assert "of   4.00 GB" in text  # the card that has least
+    assert "the fullest of 2 cards" in text
+    assert "of   5.00 GB" in printed_plan(replace(config, one_gpu=True), capsys)
+
+
+def test_a_configuration_and_its_flags_are_one():
+    flags = "--use_peft true --lora_config.target_modules q_proj,v_proj,o_proj --quantization 4bit --lr 0.002"
+    config = parse(TrainingConfig, [*flags.split(), "--run_validation", "no", "--output_dir", "a b"])
+    assert parse(TrainingConfig, flags_of(config)) == config
+    assert flags_of(TrainingConfig()) == []
+
+
+def test_layer_memory_of_a_fused_layer_is_less():
+    names = list(LLAMA_7B.linears())
+    hand = fused(LLAMA_7B, names, 8, None, 2)
+    assert (
+        hand.kept
+        < LAYERS["compiled"](LLAMA_7B, names, 8, None, 2).kept
+        < LAYERS["plain"](LLAMA_7B, names, 8, None, 2).kept
+    )
+    assert isinstance(hand, LayerMemory)
+    assert hand.weights == 0

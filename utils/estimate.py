@@ -1,0 +1,295 @@
+"""What a training run needs of a card's memory, by part, estimated from the model's shape.
+
+docs/benchmarks.md sets estimates beside measurements; every run on a GPU prints both at its end.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from configs.peft import ALL_LINEAR
+from configs.quantization import Quantization
+from configs.training import TrainingConfig
+from utils.llama import causal_lm
+from utils.loss import CHUNK
+from utils.optimization import BytesEach
+
+if TYPE_CHECKING:
+    from utils.training import Trainer
+
+Kind = Literal["plain", "compiled", "fused"]
+"""How layers are computed: by transformers' modules, by these compiled, or by one hand-written function a layer."""
+WORKSPACES = 0.07e9
+"""What cuBLAS takes from torch's allocator (the CUDA context lies outside of it)."""
+FRAGMENTATION = 0.04
+"""Share of what comes and goes that the allocator holds in gaps."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a model's configuration that memory depends on; `query` and `key_value` are all heads' widths."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    heads: int
+    query: int
+    key_value: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "Shape":
+        """Read from what config.json holds."""
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        return cls(
+            config["num_hidden_layers"],
+            config["hidden_size"],
+            config["intermediate_size"],
+            config["vocab_size"],
+            heads,
+            head_dim * heads,
+            head_dim * (config.get("num_key_value_heads") or heads),
+            bool(config.get("tie_word_embeddings", False)),
+        )
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in, out) features of a layer's linear modules."""
+        h, i, q, kv = self.hidden, self.intermediate, self.query, self.key_value
+        return {
+            "q_proj": (h, q),
+            "k_proj": (h, kv),
+            "v_proj": (h, kv),
+            "o_proj": (q, h),
+            "gate_proj": (h, i),
+            "up_proj": (h, i),
+            "down_proj": (i, h),
+        }
+
+    @property
+    def layer_weights(self) -> int:
+        """Parameters of the linear modules of one layer."""
+        return sum(a * b for a, b in self.linears().values())
+
+    @property
+    def decoder_weights(self) -> int:
+        """Parameters of all linear modules of the decoder."""
+        return self.layers * self.layer_weights
+
+    @property
+    def head_weights(self) -> int:
+        """Parameters of the output head, and as many of the embedding."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def other_weights(self) -> int:
+        """Parameters of embedding, head and norms."""
+        return self.head_weights * (1 if self.tied else 2) + (2 * self.layers + 1) * self.hidden
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes that one layer takes.
+
+    Attributes:
+        kept: a token, from the forward to the backward pass, where the layer keeps its activations.
+        recomputed: the same where it computes them again: its input.
+        temporary: a token, while the layer's backward pass runs.
+        weights: whatever the number of tokens, while the layer runs: dequantised weights.
+    """
+
+    kept: float
+    recomputed: float
+    temporary: float
+    weights: float
+
+
+def plain(
+    shape: Shape, targets: list[str], rank: int, quantization: Quantization | None, compute_bytes: int
+) -> LayerMemory:
+    """transformers' modules under PEFT's.
+
+    The factors of `kept` are fitted to runs on an H100 (7B shape, torch 2.11): norms keep fp32 copies, and each adapted
+    layer a copy of its input.
+    """
+    linears = shape.linears()
+    kept = 4 * shape.intermediate + 6 * shape.hidden + 0.7 * sum(linears[name][0] for name in targets)
+    # Autograd lets go of what it has used, so little comes on top: a gradient as wide as the MLP, two of the stream.
+    temporary = shape.intermediate + 2 * shape.hidden
+    largest = max(a * b for a, b in linears.values())
+    # int8 times its fp32 scale is fp32 before it is rounded; NF4 comes out in the compute dtype.
+    dequantised = {"8bit": 4.0 + compute_bytes, "4bit": float(compute_bytes)}.get(quantization or "", 0.0)
+    return LayerMemory(
+        kept * compute_bytes, shape.hidden * compute_bytes, temporary * compute_bytes, dequantised * largest
+    )
+
+
+def compiled(
+    shape: Shape, targets: list[str], rank: int, quantization: Quantization | None, compute_bytes: int
+) -> LayerMemory:
+    """The same modules through torch.compile, which fuses norms away and lifts dequantised weights out; fitted."""
+    layer = plain(shape, targets, rank, quantization, compute_bytes)
+    factor = 1.03 if quantization else 0.78
+    return LayerMemory(factor * layer.kept, layer.recomputed, layer.temporary, layer.weights)
+
+
+def fused(
+    shape: Shape, targets: list[str], rank: int, quantization: Quantization | None, compute_bytes: int
+) -> LayerMemory:
+    """One function a layer that keeps what its backward pass needs and nothing else."""
+    attention = 2 * shape.query + 2 * shape.key_value  # query and key after rotation, value, output
+    kept = 2 * shape.hidden + attention + 2 * shape.intermediate  # input, hidden after attention, gate, up
+    softmax_statistics = 4 * shape.heads
+    lora = rank * len(targets)
+    # Gradients of gate, up and their product; of input and output and between attention and MLP.
+    temporary = 3 * shape.intermediate + 4 * shape.hidden
+    largest_group = 2 * shape.intermediate * shape.hidden if quantization else 0  # gate and up together
+    return LayerMemory(
+        (kept + lora) * compute_bytes + softmax_statistics,
+        shape.hidden * compute_bytes,
+        temporary * compute_bytes,
+        largest_group * compute_bytes,
+    )
+
+
+LAYERS: dict[Kind, Callable[..., LayerMemory]] = {"plain": plain, "compiled": compiled, "fused": fused}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by part, of the fullest card.
+
+    Attributes:
+        weights: the frozen ones; in full fine-tuning the copies that are computed with.
+        trained: weights, gradients and optimizer of what is trained.
+        activations: what layers keep between the passes.
+        temporary: what a layer's backward pass needs beside them.
+        logits: what the loss needs beside them; it comes before `temporary`, so the larger of the two counts.
+    """
+
+    weights: float
+    trained: float
+    activations: float
+    temporary: float
+    logits: float
+
+    @property
+    def peak(self) -> float:
+        """The most that is allocated at a time."""
+        return self.fixed + self.activations + max(self.temporary, self.logits) + WORKSPACES
+
+    @property
+    def fixed(self) -> float:
+        """What is there whatever the micro-batch."""
+        return self.weights + self.trained
+
+    @property
+    def needed(self) -> float:
+        """What a card must have for it: the allocator can't fill every gap."""
+        return self.peak + FRAGMENTATION * (self.peak - self.fixed)
+
+
+def estimate(
+    config: TrainingConfig,
+    shape: Shape,
+    compute_bytes: int,
+    kind: Kind,
+    tokens: int,
+    kept_layers: int,
+    cards: int = 1,
+    shards: int = 1,
+) -> Estimate:
+    """Memory of one process.
+
+    Args:
+        kind: how layers are computed.
+        tokens: of a micro-batch.
+        kept_layers: how many layers, from the last, keep their activations.
+        cards: over which the process lays the layers; the estimate is for the last, which has the head and the layers
+            that keep most.
+        shards: processes that share weights, gradients and optimizer out (FSDP).
+    """
+    here = math.ceil(shape.layers / cards)
+    others = shape.other_weights if cards == 1 else shape.head_weights
+    base = here * shape.layer_weights, others
+    quantization, each = config.quantization, BytesEach.of(config)
+    on_card = each.weight + each.gradient + (0.0 if config.optimizer.startswith("paged") else each.optimizer)
+    if config.use_peft:
+        bytes_each = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}.get(quantization or "", compute_bytes)
+        weights = bytes_each * base[0] + compute_bytes * base[1]
+        trained = on_card * adapter_parameters(config, shape) * here / shape.layers
+    else:
+        frozen_layers = config.num_freeze_layers if config.freeze_layers else 0
+        frozen = max(0, frozen_layers - (shape.layers - here)) * shape.layer_weights
+        if config.freeze_layers and cards == 1:
+            frozen += shape.head_weights  # the embedding
+        # Of wider weights autocast keeps a copy in the compute dtype from the forward to the backward pass.
+        weights = each.weight * frozen + (compute_bytes * base[0] if compute_bytes < each.weight else 0)
+        trained = on_card * (sum(base) - frozen)
+    targets = _targets(config, shape)
+    layer = LAYERS[kind](shape, targets, config.lora_config.r, quantization, compute_bytes)
+    gathered = compute_bytes * shape.layer_weights if shards > 1 else 0.0
+    kept = min(kept_layers, here)
+    activations = tokens * (kept * layer.kept + (here - kept) * layer.recomputed)
+    temporary = tokens * layer.temporary + layer.weights + gathered
+    if kept < here:
+        # Layers that recompute come last in the backward pass, when those that kept theirs have let go of them.
+        again = temporary + tokens * layer.kept - tokens * kept * layer.kept
+        temporary = max(temporary if kept else 0.0, again)
+    # The last norm's fp32 copy, its output, the labelled rows and their gradient; logits of a chunk twice in fp32.
+    logits = tokens * shape.hidden * (4 + 3 * compute_bytes) + 2 * 4.0 * CHUNK * shape.vocabulary
+    return Estimate(weights / shards, trained / shards, activations, temporary, logits)
+
+
+def trained_parameters(config: TrainingConfig, shape: Shape) -> int:
+    """How many parameters are trained."""
+    if config.use_peft:
+        return adapter_parameters(config, shape)
+    frozen = 0
+    if config.freeze_layers:
+        frozen = config.num_freeze_layers * (shape.layer_weights + 2 * shape.hidden) + shape.head_weights
+    return shape.decoder_weights + shape.other_weights - frozen
+
+
+def adapter_parameters(config: TrainingConfig, shape: Shape) -> int:
+    """Trainable parameters of the chosen adapter."""
+    if config.peft_method == "prefix":
+        return config.prefix_config.num_virtual_tokens * shape.layers * 2 * shape.key_value
+    if config.peft_method == "llama_adapter":
+        settings = config.llama_adapter_config
+        return min(settings.adapter_layers, shape.layers) * (settings.adapter_len * shape.hidden + 1)
+    linears = shape.linears()
+    lora = shape.layers * config.lora_config.r * sum(sum(linears[name]) for name in _targets(config, shape))
+    embedding, norm = shape.vocabulary * shape.hidden, shape.layers * shape.hidden
+    whole = {
+        "embed_tokens": embedding,
+        "lm_head": embedding,
+        "norm": 2 * norm + shape.hidden,
+        "input_layernorm": norm,
+        "post_attention_layernorm": norm,
+    }
+    return lora + sum(whole.get(name, 0) for name in config.lora_config.modules_to_save)
+
+
+def _targets(config: TrainingConfig, shape: Shape) -> list[str]:
+    if not config.use_peft or config.peft_method != "lora":
+        return []
+    chosen = config.lora_config.target_modules
+    return [name for name in shape.linears() if name in chosen or ALL_LINEAR in chosen]
+
+
+def estimate_of_run(trainer: "Trainer") -> Estimate:
+    """The estimate for what a run has settled on."""
+    model, config = causal_lm(trainer.model), trainer.config
+    return estimate(
+        config,
+        Shape.of(model.config.to_dict()),
+        trainer.precision.compute.itemsize,
+        "fused" if trainer.loss_module.fused else "compiled" if trainer.compiles else "plain",
+        trainer.token_budget,
+        trainer.loss_module.kept_layers,
+        cards=len(trainer.world.devices),
+        shards=trainer.world.size if config.enable_fsdp else 1,
+    )
