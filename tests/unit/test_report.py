@@ -55,7 +55,7 @@ def test_the_readmes_command_would_be_faster_with_a_process_for_each_card(notes)
 
 
 def test_what_fits_depends_on_how_the_base_is_held(notes):
-    """13.5 GB in fp16, 7 in int8, 4 in NF4; full fine-tuning takes 16 bytes a parameter, 108 GB, and fp16 copies of 13."""
+    """13.5 GB in fp16, 7 in int8, 4 in NF4; full fine-tuning takes 16 bytes a parameter, 108 GB, and 13 in fp16."""
     for quantization, smallest in ((None, 14), ("8bit", 7), ("4bit", 3.5)):
         settings = {"use_peft": True, "quantization": quantization}
         assert notes([smallest, smallest], **settings) == []
