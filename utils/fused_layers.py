@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import pad, silu
+from torch.nn.functional import silu
 
 from configs.messages import _
 from configs.training import TrainingConfig
@@ -37,67 +37,48 @@ class LayerShape:
     softmax_scale: float
 
 
+class Member(NamedTuple):
+    """An adapted layer's place among those that read the same input: its rows of the output, its columns of A x."""
+
+    rows: slice
+    columns: slice
+    scaling: float
+
+
 class Linears(NamedTuple):
     """Linear layers that read the same input; their outputs lie side by side.
 
     Attributes:
-        dequantize: makes a weight [out, in] of a dtype from one member's stored tensors.
-        stored: what each member stores.
+        dequantize: makes a weight [out, in] of a dtype from one layer's stored tensors.
+        stored: what each layer stores.
         bias: [sum of out], or None.
-        lora_a: A of each adapted member, [r, in].
-        lora_b: B of each adapted member, [out, r].
-        places: first output row and scaling of each adapted member.
-        width: sum of out.
+        a: the adapters' A one under another, [sum of r, in], in the compute dtype; None without adapters.
+        b: their B times scaling, each in its own rows and columns, [sum of out, sum of r].
+        members: the adapted layers.
     """
 
     dequantize: Callable[..., torch.Tensor]
     stored: tuple[Tensors, ...]
     bias: torch.Tensor | None
-    lora_a: Tensors
-    lora_b: Tensors
-    places: tuple[tuple[int, float], ...]
-    width: int
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    members: tuple[Member, ...]
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """All weights one under another, [sum of out, in]."""
         weights = [self.dequantize(dtype, *stored) for stored in self.stored]
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
-    def adapter(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The members' adapters as one: A, [sum of r, in], and B times scaling in blocks, [sum of out, sum of r]."""
-        if not self.lora_a:
-            return None
-        blocks = [
-            pad(b.to(dtype) * scaling, (0, 0, start, self.width - start - b.shape[0]))
-            for b, (start, scaling) in zip(self.lora_b, self.places, strict=True)
-        ]
-        return torch.cat([a.to(dtype) for a in self.lora_a]), torch.cat(blocks, dim=1)
-
-    def split_gradients(self, grad_a: torch.Tensor, grad_b: torch.Tensor) -> Tensors:
-        """Each member's gradients of A, then each one's of B, from those of `adapter`."""
-        grads_a, grads_b, column = [], [], 0
-        for a, b, (start, scaling) in zip(self.lora_a, self.lora_b, self.places, strict=True):
-            end = column + a.shape[0]
-            grads_a.append(grad_a[column:end].to(a.dtype))
-            grads_b.append(grad_b[start : start + b.shape[0], column:end].to(b.dtype) * scaling)
-            column = end
-        return (*grads_a, *grads_b)
-
 
 class LayerWeights(NamedTuple):
     """All tensors of a layer."""
 
     input_norm: torch.Tensor
+    post_attention_norm: torch.Tensor
     query_key_value: Linears
     output: Linears
-    post_attention_norm: torch.Tensor
     gate_up: Linears
     down: Linears
-
-    @property
-    def groups(self) -> tuple[Linears, ...]:
-        """The four groups of linear layers, in the data's order."""
-        return self.query_key_value, self.output, self.gate_up, self.down
 
 
 class Saved(NamedTuple):
@@ -140,23 +121,36 @@ def why_not(config: TrainingConfig, model: dict[str, Any], device: torch.device,
 
 
 class FusedLayers:
-    """Stand-ins for all layers of a decoder; called in the place of `run_plain`.
+    """Stand-ins for all layers of a decoder; called in the place of `run_plain`, after `refresh`.
 
     The weights of layers that are computed together are laid together in memory, in place: each module's own weight
     becomes a part of the whole.
+
+    Args:
+        model: with a LoRA adapter.
+        dtype: to compute in.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.weights: dict[nn.Module, LayerWeights] = {}
+        self.adapters: dict[nn.Module, list[nn.Parameter]] = {}
+        self._parameters: list[nn.Parameter] = []
+        self._copies: list[torch.Tensor] = []
+        self._scalings: list[float] = []
         for layer in causal_lm(model).model.layers:
             attention, mlp = layer.self_attn, layer.mlp
+            self.adapters[layer] = []
+            groups = [
+                self._linears(layer, dtype, *modules)
+                for modules in (
+                    (attention.q_proj, attention.k_proj, attention.v_proj),
+                    (attention.o_proj,),
+                    (mlp.gate_proj, mlp.up_proj),
+                    (mlp.down_proj,),
+                )
+            ]
             self.weights[layer] = LayerWeights(
-                layer.input_layernorm.weight,
-                _linears(attention.q_proj, attention.k_proj, attention.v_proj),
-                _linears(attention.o_proj),
-                layer.post_attention_layernorm.weight,
-                _linears(mlp.gate_proj, mlp.up_proj),
-                _linears(mlp.down_proj),
+                layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *groups
             )
         config = causal_lm(model).config
         self.shape = LayerShape(
@@ -167,6 +161,36 @@ class FusedLayers:
             attention.scaling,
         )
         self.functions = Functions(_forward, _backward)
+
+    def _linears(self, layer: nn.Module, dtype: torch.dtype, *modules: nn.Module) -> Linears:
+        bases = [getattr(module, "base_layer", module) for module in modules]
+        bias = None if bases[0].bias is None else torch.cat([base.bias.detach() for base in bases])
+        if isinstance(bases[0], QuantizedLinear):
+            dequantize, stored = bases[0].dequantize_stored, tuple(base.stored() for base in bases)
+        else:
+            dequantize, stored = _as_stored, ((_lay_together(bases),),)
+        members, row, column = [], 0, 0
+        for module, base in zip(modules, bases, strict=True):
+            rows = slice(row, row := row + base.out_features)
+            if hasattr(module, "lora_A"):
+                columns = slice(column, column := column + module.r["default"])
+                members.append((module, Member(rows, columns, module.scaling["default"])))
+        if not members:
+            return Linears(dequantize, stored, bias, None, None, ())
+        a = bases[0].weight.new_empty(column, bases[0].in_features, dtype=dtype)
+        b = bases[0].weight.new_zeros(row, column, dtype=dtype)
+        for module, (rows, columns, scaling) in members:
+            pair = [module.lora_A["default"].weight, module.lora_B["default"].weight]
+            self.adapters[layer] += pair
+            self._parameters += pair
+            self._copies += [a[columns], b[rows, columns]]
+            self._scalings += [1.0, scaling]
+        return Linears(dequantize, stored, bias, a, b, tuple(member for _module, member in members))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the adapters' parameters as they are now; once for every pass over the layers."""
+        torch._foreach_copy_(self._copies, torch._foreach_mul(self._parameters, self._scalings))
 
     def compile(self) -> None:
         """Compile forward and backward; all layers share the code, whatever a row's length is."""
@@ -184,12 +208,10 @@ class FusedLayers:
         **_plain: Any,
     ) -> torch.Tensor:
         """See run_plain."""
-        weights = self.weights[layer]
         cos, sin = position_embeddings
         row = Row(cos[0], sin[0], segments.cumulative, segments.longest)
-        adapters = [tensor for group in weights.groups for tensor in (*group.lora_a, *group.lora_b)]
-        call = _Call(self.functions, self.shape, weights, row, recompute)
-        return _FusedLayer.apply(hidden[0], call, *adapters).unsqueeze(0)
+        call = _Call(self.functions, self.shape, self.weights[layer], row, recompute)
+        return _FusedLayer.apply(hidden[0], call, *self.adapters[layer]).unsqueeze(0)
 
 
 class Functions(NamedTuple):
@@ -244,28 +266,6 @@ def _mark_length(*tensors: torch.Tensor) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-def _linears(*modules: nn.Module) -> Linears:
-    bases = [getattr(module, "base_layer", module) for module in modules]
-    starts = [sum(base.out_features for base in bases[:i]) for i in range(len(bases))]
-    adapted = [(m, start) for m, start in zip(modules, starts, strict=True) if hasattr(m, "lora_A")]
-    bias = None
-    if bases[0].bias is not None:
-        bias = torch.cat([base.bias.detach() for base in bases])
-    if isinstance(bases[0], QuantizedLinear):
-        dequantize, stored = bases[0].dequantize_stored, tuple(base.stored() for base in bases)
-    else:
-        dequantize, stored = _as_stored, ((_lay_together(bases),),)
-    return Linears(
-        dequantize,
-        stored,
-        bias,
-        tuple(module.lora_A["default"].weight for module, _start in adapted),
-        tuple(module.lora_B["default"].weight for module, _start in adapted),
-        tuple((start, module.scaling["default"]) for module, start in adapted),
-        sum(base.out_features for base in bases),
-    )
-
-
 def _as_stored(_dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
     return weight
 
@@ -297,13 +297,12 @@ def _forward(
     middle = hidden + attended
     gate_up, narrow_gate_up = _linear(_rms_norm(middle, weights.post_attention_norm, shape.epsilon), weights.gate_up)
     activation = _gated(gate_up)
-    adapter = weights.down.adapter(activation.dtype)
-    narrow_down = None if adapter is None else activation @ adapter[0].t()
+    narrow_down = _narrow(activation, weights.down)
     narrow = (narrow_qkv, narrow_output, narrow_gate_up, narrow_down)
     saved = Saved(query, key, value, attention, log_sum_exp, middle, gate_up, narrow)
     if not whole:
         return None, saved
-    return middle + _wide(activation, narrow_down, adapter, weights.down), saved
+    return middle + _wide(activation, narrow_down, weights.down), saved
 
 
 def _backward(
@@ -315,7 +314,7 @@ def _backward(
     weights: LayerWeights,
     needs_grad_hidden: bool,
 ) -> tuple[torch.Tensor | None, Tensors]:
-    """Gradients of the layer's input and of its adapters, in `LayerWeights.groups`' order."""
+    """Gradients of the layer's input and of its adapters, group by group in the data's order, A before B."""
     narrow_qkv, narrow_output, narrow_gate_up, narrow_down = saved.narrow
     activation = _gated(saved.gate_up)
     grad_activation, grads_down = _linear_backward(grad_output, activation, narrow_down, weights.down)
@@ -351,19 +350,19 @@ def _backward(
 
 def _linear(x: torch.Tensor, linears: Linears) -> tuple[torch.Tensor, torch.Tensor | None]:
     """W x + scaling B A x, and A x."""
-    adapter = linears.adapter(x.dtype)
-    narrow = None if adapter is None else x @ adapter[0].t()
-    return _wide(x, narrow, adapter, linears), narrow
+    narrow = _narrow(x, linears)
+    return _wide(x, narrow, linears), narrow
 
 
-def _wide(
-    x: torch.Tensor,
-    narrow: torch.Tensor | None,
-    adapter: tuple[torch.Tensor, torch.Tensor] | None,
-    linears: Linears,
-) -> torch.Tensor:
+def _narrow(x: torch.Tensor, linears: Linears) -> torch.Tensor | None:
+    """A x."""
+    return None if linears.a is None else x @ linears.a.t()
+
+
+def _wide(x: torch.Tensor, narrow: torch.Tensor | None, linears: Linears) -> torch.Tensor:
     """W x + scaling B A x, from x and A x."""
-    y = _sum_of_products((x, linears.weight(x.dtype).t()), adapter and (narrow, adapter[1].t()))
+    thin = None if narrow is None or linears.b is None else (narrow, linears.b.t())
+    y = _sum_of_products((x, linears.weight(x.dtype).t()), thin)
     return y if linears.bias is None else y + linears.bias
 
 
@@ -374,16 +373,17 @@ def _linear_backward(
     linears: Linears,
     needs_grad_x: bool = True,
 ) -> tuple[torch.Tensor | None, Tensors]:
-    """Gradient of x, and of each member's A and then B."""
-    adapter, grads, from_adapter = linears.adapter(grad.dtype), (), None
-    if adapter is not None and narrow is not None:
-        a, b = adapter
-        grad_narrow = grad @ b
-        from_adapter = (grad_narrow, a)
-        grads = linears.split_gradients(grad_narrow.t() @ x, grad.t() @ narrow)
-    if not needs_grad_x:
-        return None, grads
-    return _sum_of_products((grad, linears.weight(grad.dtype)), from_adapter), grads
+    """Gradient of x, and of each member's A and B."""
+    grads: list[torch.Tensor] = []
+    thin = None
+    if narrow is not None and linears.a is not None and linears.b is not None:
+        grad_narrow = grad @ linears.b
+        thin = (grad_narrow, linears.a)
+        grad_a, grad_b = grad_narrow.t() @ x, grad.t() @ narrow
+        for rows, columns, scaling in linears.members:
+            grads += [grad_a[columns].float(), grad_b[rows, columns].float() * scaling]
+    grad_x = _sum_of_products((grad, linears.weight(grad.dtype)), thin) if needs_grad_x else None
+    return grad_x, tuple(grads)
 
 
 def _sum_of_products(wide: Factors, thin: Factors | None) -> torch.Tensor:

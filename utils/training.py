@@ -51,6 +51,8 @@ class ResponseLoss(nn.Module):
     def forward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
         """`scale` times the sum of the cross-entropies of the batch's labelled tokens."""
         device_type = batch.input_ids.device.type
+        if self.fused:
+            self.fused.refresh()
         # The fused layers see to their types themselves.
         with torch.autocast(device_type, self.dtype, enabled=self.dtype != torch.float32 and not self.fused):
             prefix = learnt_prefix(self.model)
@@ -111,7 +113,7 @@ class Trainer:
         self.schedule, self.identity = start.schedule, start.identity
         self.longest = max(map(len, [*data.training, *data.held_out]))
         self.plain_because = why_not(config, causal_lm(model).config.to_dict(), world.device, precision.compute)
-        fused = None if self.plain_because else FusedLayers(model)
+        fused = None if self.plain_because else FusedLayers(model, precision.compute)
         self.loss_module = ResponseLoss(model, precision.compute, fused)
         if config.enable_fsdp:
             shard(self.loss_module, config.fsdp_config, world)

@@ -42,7 +42,9 @@ def outputs_and_gradients(model, run_layer, kept_layers):
 
 def check_equal(model, kept_layers=None):
     expected, expected_gradients = outputs_and_gradients(model, run_plain, None)
-    hidden, gradients = outputs_and_gradients(model, FusedLayers(model), kept_layers)
+    fused = FusedLayers(model, torch.float32)
+    fused.refresh()
+    hidden, gradients = outputs_and_gradients(model, fused, kept_layers)
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
@@ -81,7 +83,7 @@ def test_biases_are_part_of_the_layers(grouped_model, tmp_path):
 def test_each_weight_stays_its_modules_own_part_of_the_whole(tiny_model):
     model = adapted_model(tiny_model, ["q_proj", "v_proj"])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    FusedLayers(model)
+    FusedLayers(model, torch.float32)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
