@@ -36,28 +36,62 @@ def load_base_model(
     Raises:
         UserError: weights are missing, or have another shape than the configuration says.
     """
+    model = empty_base_model(folder, dtype, quantization)
+    load_weights(model, folder, devices)
+    return model
+
+
+def empty_base_model(folder: ModelFolder, dtype: torch.dtype, quantization: Quantization | None = None) -> nn.Module:
+    """The model that `load_base_model` loads, its weights still on the meta device: shapes alone, to be sharded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention.register()
     config = AutoConfig.from_pretrained(folder.path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.PACKED, dtype=dtype)
-    decoder = model.model
     if quantization:
-        quantize_linears(decoder.layers, quantization, dtype)
-    layer_devices = [devices[i * len(devices) // len(decoder.layers)] for i in range(len(decoder.layers))]
+        quantize_linears(model.model.layers, quantization, dtype)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(False).eval()
+
+
+def load_weights(
+    model: nn.Module, folder: ModelFolder, devices: list[torch.device], host: torch.device | None = None
+) -> None:
+    """Fill an empty base model, with or without an adapter over it, from its files, one tensor at a time.
+
+    Where the model is sharded, each process reads every tensor and keeps its own shard. (Quantised weights are
+    quantised whole: their scales lie whole on each process.)
+
+    Args:
+        devices: see load_base_model.
+        host: where the weights lie, if not on `devices` (CPU offload).
+
+    Raises:
+        UserError: see load_base_model.
+    """
+    base = causal_lm(model)
+    layers = len(base.model.layers)
+    layer_devices = [devices[i * len(devices) // layers] for i in range(layers)]
 
     def device_of(name: str) -> torch.device:
         if name.startswith("model.layers."):
             return layer_devices[int(name.split(".")[2])]
         return devices[0] if name.startswith("model.embed_tokens.") else devices[-1]
 
-    modules, missing = dict(model.named_modules()), dict(model.named_parameters())
+    # An adapter's own weights are there already; PEFT hangs the layer that it adapts below a `base_layer`.
+    missing = {
+        name.replace(".base_layer.", "."): name for name, p in base.named_parameters() if p.device.type == "meta"
+    }
     for name, tensor in folder.tensors():
-        owner, _dot, leaf = name.rpartition(".")
         if name not in missing:
             continue  # rotary frequencies of old files, a tied head's second copy
-        expected = tuple(missing.pop(name).shape)
+        owner, _dot, leaf = missing.pop(name).rpartition(".")
+        module = base.get_submodule(owner)
+        empty = getattr(module, leaf)
+        is_quantized = isinstance(module, QuantizedLinear) and leaf == "weight"
+        expected = (module.out_features, module.in_features) if is_quantized else tuple(empty.shape)
         if tuple(tensor.shape) != expected:
             raise UserError(
                 _(
@@ -69,14 +103,13 @@ def load_base_model(
                     expected=expected,
                 )
             )
-        module, tensor = modules[owner], tensor.to(device_of(name))
-        if isinstance(module, QuantizedLinear) and leaf == "weight":
-            module.quantize_(tensor)
-        else:
-            setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
-    if config.tie_word_embeddings:
-        missing.pop("lm_head.weight", None)
-        model.lm_head.weight = decoder.embed_tokens.weight
+        if is_quantized:
+            module.quantize_(tensor.to(device_of(name)))
+            tensor = module.weight.detach()
+        kept = own_shard(tensor, empty).to(host or device_of(name), empty.dtype)
+        setattr(module, leaf, nn.Parameter(kept, requires_grad=empty.requires_grad))
+    if base.config.tie_word_embeddings:
+        base.lm_head.weight = base.model.embed_tokens.weight
     if missing:
         raise UserError(
             _(
@@ -86,8 +119,21 @@ def load_base_model(
             )
         )
     # Its frequencies are computed, not stored, so the meta device kept none.
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(devices[0])
-    return model.eval()
+    base.model.rotary_emb = type(base.model.rotary_emb)(config=base.config).to(devices[0])
+
+
+def own_shard(tensor: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """What this process keeps of a whole tensor that is to stand in the place of `place`: its shard, or all of it."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(place, DTensor):
+        return tensor
+    mesh, placements = place.device_mesh, place.placements
+    shard = distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()  # nothing is sent
+    # A copy, or the whole tensor's memory would stay.
+    return DTensor.from_local(
+        shard.clone(), mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def causal_lm(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,8 +22,14 @@ def token_budgets(longest_example: int, largest_step: int) -> list[int]:
     return budgets
 
 
-def kept_layer_counts(layers: int) -> list[int]:
-    """How many layers keep their activations, to try: all, then fewer; the others compute them a second time."""
+def kept_layer_counts(layers: int, recompute: bool | None = None) -> list[int]:
+    """How many layers keep their activations, to try: all, then fewer; the others compute them a second time.
+
+    Args:
+        recompute: the user's choice: none keep them (True), or all (False). None = whatever is fastest.
+    """
+    if recompute is not None:
+        return [0 if recompute else layers]
     return sorted({layers, layers * 3 // 4, layers // 2, layers // 4, 0}, reverse=True)
 
 
@@ -31,20 +37,21 @@ def find_budget(
     world: World,
     longest_example: int,
     largest_step: int,
-    layers: int,
+    kept_counts: Sequence[int],
     try_step: Callable[[int, int], None],
 ) -> tuple[int, int]:
     """(token budget, layers that keep activations): the fastest pair that fits on every process's card, by measurement.
 
     Args:
+        kept_counts: numbers of layers to try, see kept_layer_counts.
         try_step: makes a full micro-batch of so many tokens go forward and backward, so many layers keeping their
             activations; raises OutOfMemoryError.
     """
     if world.device.type == "cpu":
-        return max(longest_example, CPU_TOKENS), layers
+        return max(longest_example, CPU_TOKENS), kept_counts[0]
     budgets = token_budgets(longest_example, largest_step)
-    best_speed, best = 0.0, (budgets[-1], 0)
-    for kept_layers in kept_layer_counts(layers):
+    best_speed, best = 0.0, (budgets[-1], kept_counts[-1])
+    for kept_layers in kept_counts:
         for budget in budgets:
             seconds = _slowest_time(world, functools.partial(try_step, budget, kept_layers))
             if seconds is None:

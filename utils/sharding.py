@@ -1,24 +1,67 @@
 """Weights shared out among processes: torch's FSDP2 (`fully_shard`; Zhao et al. 2023)."""
 
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
+from configs.errors import UserError
 from configs.fsdp import FsdpConfig
+from configs.messages import _
 from utils.distributed import World
 from utils.llama import causal_lm
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-def shard(loss_module: nn.Module, config: FsdpConfig, world: World) -> None:
-    """Shard every decoder layer, and the rest as one, in place. The module must hold `model`.
 
-    Gradients are summed, not averaged: the loss is divided by the tokens of all processes already.
+def sharding_group_size(config: FsdpConfig, world_size: int) -> int:
+    """Among how many processes one model is shared out.
+
+    Raises:
+        UserError: hybrid sharding is asked for, and the processes can't be divided into groups of this size.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+    if config.sharding_strategy != "HYBRID_SHARD":
+        return world_size
+    size = config.sharding_group_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if not 1 < size < world_size or world_size % size:
+        raise UserError(
+            _(
+                "--fsdp_config.sharding_strategy HYBRID_SHARD divides the processes into at least two groups of at "
+                "least two: {world} processes can't make groups of {size}. Give another "
+                "--fsdp_config.sharding_group_size, or take FULL_SHARD, which makes one group of all.",
+                world=world_size,
+                size=size,
+            )
+        )
+    return size
 
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    offload = CPUOffloadPolicy() if config.fsdp_cpu_offload else OffloadPolicy()
-    options = {"mesh": mesh, "offload_policy": offload, "reshard_after_forward": config.reshard_after_forward}
+
+def shard(loss_module: nn.Module, config: FsdpConfig, world: World, gathered: torch.dtype | None) -> None:
+    """Shard every decoder layer, and the rest as one, in place. The module must hold `model`; it may lie on meta.
+
+    Gradients are summed in fp32, not averaged: the loss is divided by the tokens of all processes already.
+
+    Args:
+        gathered: dtype in which weights travel and are computed with; None = as they are stored.
+    """
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    options = {
+        "mesh": _mesh(config, world),
+        "mp_policy": MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False),
+        # Pinned memory is what a GPU copies from; there is none without one.
+        "offload_policy": CPUOffloadPolicy(world.device.type == "cuda") if config.fsdp_cpu_offload else OffloadPolicy(),
+        "reshard_after_forward": config.sharding_strategy != "SHARD_GRAD_OP",
+    }
     for layer in causal_lm(loss_module.model).model.layers:
         fully_shard(layer, **options)
     fully_shard(loss_module, **options)
@@ -28,6 +71,16 @@ def shard(loss_module: nn.Module, config: FsdpConfig, world: World) -> None:
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to leave a factor out
 
 
+def _mesh(config: FsdpConfig, world: World) -> "DeviceMesh":
+    """The processes in one row, or (hybrid) in rows that share a model out and columns that hold the same shard."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = sharding_group_size(config, world.size)
+    if size == world.size:
+        return init_device_mesh(world.device.type, (size,))
+    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether `shard` was applied."""
     from torch.distributed.fsdp import FSDPModule
@@ -35,12 +88,8 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def whole_state(parameters: dict[str, nn.Parameter], is_main: bool) -> dict[str, torch.Tensor]:
-    """Every parameter whole, on the CPU of rank 0 ({} elsewhere); all processes must call it."""
-    state = {}
+def whole_tensors(parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, whole tensor on the CPU) of each parameter, one at a time; all processes must go through all."""
     for name, parameter in parameters.items():
         value = parameter.detach()
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        if is_main:
-            state[name] = whole.cpu()
-    return state
+        yield name, (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu()

@@ -25,13 +25,13 @@ from utils.data import Data
 from utils.distributed import World, sum_across, sum_gradients
 from utils.llama import causal_lm, forward_hidden
 from utils.loss import labelled_cross_entropy
-from utils.memory import find_budget, peak_memory_gb, shrink_until_fits
+from utils.memory import find_budget, kept_layer_counts, peak_memory_gb, shrink_until_fits
 from utils.metrics import Metrics, Progress
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, scale_gradients
 from utils.packing import PackedBatch, pack, share_out
 from utils.precision import Precision
 from utils.run_folder import Start
-from utils.sharding import is_sharded, shard
+from utils.sharding import is_sharded
 from utils.watch import LossWatch
 
 MAX_FAILED_STEPS = 10
@@ -79,7 +79,7 @@ class Trainer:
     """One run of training, from a base model with its trainable part to its last step.
 
     Args:
-        model: as `load_base_model` gave it, with an adapter over it or all weights trainable.
+        loss_module: as `load_trainable` gave it.
         precision: dtypes of the computation.
         data: the examples to learn from and to measure on.
         start: where the run begins, and its steps.
@@ -89,19 +89,17 @@ class Trainer:
         self,
         config: TrainingConfig,
         world: World,
-        model: nn.Module,
+        loss_module: ResponseLoss,
         precision: Precision,
         data: Data,
         start: Start,
     ) -> None:
-        self.config, self.world, self.model, self.precision = config, world, model, precision
+        self.config, self.world, self.precision = config, world, precision
         self.training, self.held_out = data.training, data.held_out
         self.schedule, self.identity = start.schedule, start.identity
         self.longest = max(map(len, [*data.training, *data.held_out]))
-        self.loss_module = ResponseLoss(model, precision.compute)
-        if config.enable_fsdp:
-            shard(self.loss_module, config.fsdp_config, world)
-        self.parameters = trainable_parameters(model)
+        self.loss_module, self.model = loss_module, loss_module.model
+        self.parameters = trainable_parameters(self.model)
         self.optimizer = make_optimizer(self.parameters.values(), config)
         self.loss_scale = LossScale.for_dtype(precision.compute)
         self.token_budget = 0
@@ -133,7 +131,9 @@ class Trainer:
         Layers are compiled only then: every setting that is tried would be compiled anew. Compiled code may take more
         memory, so the choice is tried once more, and made smaller where needed.
         """
-        if not self.token_budget:
+        layers = len(causal_lm(self.model).model.layers)
+        kept_counts = kept_layer_counts(layers, self.config.fsdp_config.fsdp_activation_checkpointing)
+        if not self.token_budget or self.loss_module.kept_layers not in kept_counts:
             lengths = np.array([len(example) for example in self.training])
             steps = range(min(self.schedule.total_steps, 200))
             largest_step = max(int(lengths[self.schedule.indices(step)].sum()) for step in steps)
@@ -141,7 +141,7 @@ class Trainer:
                 self.world,
                 self.longest,
                 math.ceil(1.02 * largest_step / self.world.size),  # processes do not share a step out quite evenly
-                len(causal_lm(self.model).model.layers),
+                kept_counts,
                 self._try_micro_batch,
             )
         mean_length = sum(map(len, self.training)) / len(self.training)
