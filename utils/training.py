@@ -358,6 +358,7 @@ class Trainer:
             "step": self.done,
             "total_steps": self.schedule.total_steps,
             "identity": self.identity,
+            "settings": asdict(self.config),
             "world_size": self.world.size,
             "batch_size_training": self.config.batch_size_training,
             "has_optimizer": self.config.save_optimizer,
