@@ -125,7 +125,7 @@ class MergeConfig:
 
 @dataclass
 class ConverterConfig:
-    """Turn a run's checkpoint, sharded or not, into a Hugging Face model (full fine-tuning) or a PEFT adapter (LoRA)."""
+    """Turn a run's checkpoint, sharded or not, into a Hugging Face model (full fine-tuning) or a LoRA adapter."""
 
     fsdp_checkpoint_path: str = ""
     """Folder of the checkpoint: output_dir/checkpoints/step-N of the run."""

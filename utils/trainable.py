@@ -30,5 +30,5 @@ def load_trainable(config: TrainingConfig, world: World, folder: ModelFolder, pr
         # An adapter's frozen base is in the compute dtype already; a full fine-tuning's fp32 weights travel in it.
         shard(module, config.fsdp_config, world, None if config.use_peft else precision.compute)
         host = torch.device("cpu") if config.fsdp_config.fsdp_cpu_offload else None
-        load_weights(model, folder, world.devices, host)
+        load_weights(model, folder, [world.device], host)
     return module
