@@ -166,16 +166,28 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def made_up_examples() -> list:
+    """Eight examples of different lengths, of random tokens."""
+    import numpy as np
+
+    from ft_datasets.alpaca_dataset import Example
+
+    chooser = np.random.default_rng(0)
+    made_up = []
+    for number, length in enumerate((9, 30, 17, 12, 40, 8, 25, 14), 1):
+        ids = [1, *chooser.integers(260, 600, length - 2), 2]
+        made_up.append(Example(number, "", np.array(ids, dtype=np.int32), prompt_length=length // 3))
+    return made_up
+
+
 def make_trainer(model_folder: Path, output: Path, data: Path | None = None, checkpoint=None, **settings):
     """A trainer in this process, on the CPU in fp32, ready to run; settings as on the command line.
 
     Without `data`, the examples are eight made-up ones, none of them held out.
     """
-    import numpy as np
     import torch
 
     from configs.training import TrainingConfig
-    from ft_datasets.alpaca_dataset import Example
     from ft_datasets.prompt import PromptTemplate
     from ft_datasets.tokenizer import Tokenizer
     from utils.data import Data, load_data
@@ -194,12 +206,7 @@ def make_trainer(model_folder: Path, output: Path, data: Path | None = None, che
         config.alpaca_dataset.data_path = str(data)
         examples = load_data(config, Tokenizer(model_folder), PromptTemplate(), report=lambda _message: None)
     else:
-        chooser = np.random.default_rng(0)
-        made_up = []
-        for number, length in enumerate((9, 30, 17, 12, 40, 8, 25, 14), 1):
-            ids = [1, *chooser.integers(260, 600, length - 2), 2]
-            made_up.append(Example(number, "", np.array(ids, dtype=np.int32), prompt_length=length // 3))
-        examples = Data(made_up, [])
+        examples = Data(made_up_examples(), [])
     world = World(0, 0, 1, [torch.device("cpu")])
     precision = choose_precision(world.device, config)
     module = load_trainable(config, world, ModelFolder(model_folder), precision)

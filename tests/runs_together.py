@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Case:
         flags: as on the command line; model, data, batch size and output folder are added.
         goes_on: (name of an earlier case, step): resume a copy of its output folder from that step's checkpoint.
         flags_of_rank: more flags for single processes.
+        instead: what to call in the place of a training run: (config, world, base model's folder).
     """
 
     name: str
@@ -37,6 +39,7 @@ class Case:
     flags: str
     goes_on: tuple[str, int] | None = None
     flags_of_rank: dict[int, str] = field(default_factory=dict)
+    instead: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,18 @@ def _take_part(rank: int, case: Case, model: Path, data: Path, folder: Path) -> 
     os.environ["LOCAL_WORLD_SIZE"] = str(case.processes)
     store = dist.FileStore(str(folder / f"{case.name}.store"), case.processes)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=case.processes)
-    flags = f"--model_name {model} --alpaca_dataset.data_path {data} --output_dir {output} {case.flags}"
-    flags += f" --batch_size_training {GLOBAL_BATCH // case.processes} {case.flags_of_rank.get(rank, '')}"
+    flags = ["--model_name", str(model), "--alpaca_dataset.data_path", str(data), "--output_dir", str(output)]
+    flags += ["--batch_size_training", str(GLOBAL_BATCH // case.processes)]
+    flags += [*case.flags.split(), *case.flags_of_rank.get(rank, "").split()]
     error = ""
     try:
-        config = parse(TrainingConfig, flags.split())
+        config = parse(TrainingConfig, flags)
         base = ModelFolder(config.model_name)
         world = World(rank, rank, case.processes, [torch.device("cpu")])
-        fine_tune(config, world, base, Tokenizer(base.path), PromptTemplate())
+        if case.instead:
+            case.instead(config, world, base)
+        else:
+            fine_tune(config, world, base, Tokenizer(base.path), PromptTemplate())
     except UserError as refused:
         error = str(refused)
     except Exception:
