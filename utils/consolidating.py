@@ -47,17 +47,17 @@ def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> Trai
             )
         )
     tokenizer, template = Tokenizer(base.path), PromptTemplate()
-    identity = {
-        "base_model": base.fingerprint(),
-        "tokenizer": tokenizer.fingerprint,
-        "prompt_template": repr(template),
-    }
-    for what, value in identity.items():
-        if state["identity"][what] != value:
+    fingerprint = base.fingerprint()
+    for name, value, what in (
+        ("base_model", fingerprint, _("another base model")),
+        ("tokenizer", tokenizer.fingerprint, _("another tokenizer")),
+        ("prompt_template", repr(template), _("another prompt template")),
+    ):
+        if state["identity"][name] != value:
             raise UserError(
                 _(
-                    "{path} is a checkpoint of a run with another {what}; it was trained over {trained_on}. Give that "
-                    "model with --HF_model_path_or_name.",
+                    "{path} is a checkpoint of a run with {what}: it was trained over {trained_on}. Give that model "
+                    "with --HF_model_path_or_name.",
                     path=checkpoint.path,
                     what=what,
                     trained_on=state["settings"]["model_name"],
@@ -66,7 +66,7 @@ def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> Trai
     # fp32, as the run trains; nothing is loaded into this model, it tells names and shapes.
     model = empty_base_model(base, torch.float32)
     model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)
-    description = describe_run(config, tokenizer, template, identity["base_model"])
+    description = describe_run(config, tokenizer, template, fingerprint)
     description["trained_steps"] = checkpoint.step
     facts = {_("base model"): f"`{config.model_name}`", _("steps"): str(checkpoint.step)}
     save_result(config, model, _tensors(model, checkpoint, base, config), description, model_card(config, facts))

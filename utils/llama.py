@@ -128,12 +128,8 @@ def own_shard(tensor: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
     if not isinstance(place, DTensor):
         return tensor
-    mesh, placements = place.device_mesh, place.placements
-    shard = distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()  # nothing is sent
-    # A copy, or the whole tensor's memory would stay.
-    return DTensor.from_local(
-        shard.clone(), mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    # A copy of the shard; without a source rank nothing is sent.
+    return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
 
 
 def causal_lm(model: nn.Module) -> nn.Module:

@@ -231,7 +231,7 @@ def test_an_earlier_step_is_converted_as_it_was(runs, model, tmp_path):
 def test_a_checkpoint_is_converted_over_its_own_base_only(runs, model, tiny_model, tmp_path):
     _results, folder = runs
     checkpoint = read_checkpoint(folder / "int8 1" / "checkpoints" / "step-6")
-    with pytest.raises(UserError, match=f"another base_model.*{model}.*--HF_model_path_or_name"):
+    with pytest.raises(UserError, match=f"another base model.*{model}.*--HF_model_path_or_name"):
         consolidate(checkpoint, ModelFolder(tiny_model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("mine")
