@@ -24,6 +24,7 @@ test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest
 
 soak: $(VENV)/.installed-dev
+	@$(BIN)/python tests/soak_parity.py
 	@$(BIN)/python tests/soak_resume.py
 	@$(BIN)/python tests/soak_download.py
 

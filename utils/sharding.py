@@ -88,8 +88,22 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
+def recover(module: nn.Module) -> None:
+    """Make a sharded module usable again after a pass that broke off, out of memory; others need no such thing.
+
+    Otherwise FSDP2 would wait for the end of that backward pass, and later ones would leave no gradients.
+    """
+    if is_sharded(module):
+        for parameter in module.parameters():  # the weights that lie gathered now have gradients of their own
+            parameter.grad = None
+        if hasattr(module, "reset_iter_state"):  # torch 2.13 has it
+            module.reset_iter_state()
+
+
 def whole_tensors(parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole tensor on the CPU) of each parameter, one at a time; all processes must go through all."""
     for name, parameter in parameters.items():
         value = parameter.detach()
-        yield name, (value.full_tensor() if hasattr(value, "full_tensor") else value).cpu()
+        if hasattr(value, "full_tensor"):  # sharded; a shard that lies in host memory travels from the device
+            value = value.to(value.device_mesh.device_type).full_tensor()
+        yield name, value.cpu()

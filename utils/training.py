@@ -31,7 +31,7 @@ from utils.optimization import LossScale, gradient_norm, learning_rate, make_opt
 from utils.packing import PackedBatch, pack, share_out
 from utils.precision import Precision
 from utils.run_folder import Start
-from utils.sharding import is_sharded
+from utils.sharding import is_sharded, recover
 from utils.watch import LossWatch
 
 MAX_FAILED_STEPS = 10
@@ -163,8 +163,12 @@ class Trainer:
         self.loss_module.kept_layers = kept_layers
         try:
             self.loss_module(pack(chosen, self.world.device, self.longest), 0.0).backward()
+            assert all(p.grad is not None for p in self.parameters.values()), "a trainable parameter without a gradient"
             # The optimizer's state will lie beside the activations.
             checkpoints.run_tensors(self.parameters, self.optimizer)
+        except torch.cuda.OutOfMemoryError:
+            recover(self.loss_module)
+            raise
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 

@@ -19,7 +19,7 @@ from utils.consolidating import consolidate
 from utils.llama import causal_lm, empty_base_model
 from utils.model_folder import ModelFolder
 from utils.precision import Precision
-from utils.sharding import sharding_group_size
+from utils.sharding import recover, sharding_group_size
 from utils.trainable import load_trainable
 
 RUN = "--max_steps 6 --save_steps 2 --save_minutes 0 --keep_checkpoints 9 --lr 1e-3"
@@ -33,7 +33,7 @@ RECOMPUTED = " --fsdp_config.sharding_strategy SHARD_GRAD_OP --fsdp_config.fsdp_
 CASES = [
     Case("full 1", 1, FULL),
     Case("full DDP 2", 2, FULL),
-    Case("full FSDP 2", 2, FULL + FSDP),
+    Case("full FSDP 2", 2, FULL + FSDP, flags_of_rank={1: "--num_workers_dataloader 2"}),  # may differ
     Case("full recomputed 2", 2, FULL + FSDP + RECOMPUTED),
     Case("full offloaded 2", 2, FULL + FSDP + " --fsdp_config.fsdp_cpu_offload"),
     Case("full hybrid 4", 4, FULL + HYBRID),
@@ -97,6 +97,39 @@ def note_dtypes(config, world, folder) -> None:
     Path(config.output_dir + f".dtypes-{world.rank}").write_text(json.dumps(found))
 
 
+def break_off(config, world, folder) -> None:
+    """Run out of memory in a forward and in a backward pass; note whether the next gradients are the right ones."""
+    from conftest import made_up_examples
+
+    from utils.packing import pack
+
+    module = load_trainable(config, world, folder, Precision(torch.float32, torch.float32, ""))
+    batch = pack(made_up_examples()[: 2 + world.rank], world.device)
+    mlp = causal_lm(module.model).model.layers[1].mlp
+
+    def gradients() -> list[torch.Tensor]:
+        module(batch, 1.0).backward()
+        found = [parameter.grad.full_tensor() for parameter in module.parameters()]
+        module.zero_grad()
+        return found
+
+    def fail(*_arguments) -> None:
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    expected, alike = gradients(), {}
+    for direction, register in {
+        "forward": mlp.register_forward_pre_hook,
+        "backward": mlp.register_full_backward_hook,
+    }.items():
+        hook = register(fail)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            module(batch, 1.0).backward()
+        hook.remove()
+        recover(module)
+        alike[direction] = all(map(torch.equal, gradients(), expected))
+    Path(config.output_dir + f".broken-{world.rank}").write_text(json.dumps(alike))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """Grouped key-value heads, biases, a tied head; in fp32, so that weights can be compared finely."""
@@ -117,6 +150,7 @@ def runs(model, tiny_model, data_file, tmp_path_factory):
         Case("memory int8", 4, INT8 + on_deep, instead=measure_loading),
         Case("memory NF4", 4, NF4 + on_deep, instead=measure_loading),
         Case("dtypes", 2, RUN + FSDP, instead=note_dtypes),
+        Case("broken off", 2, RUN + FSDP, instead=break_off),
         Case("other flags", 2, FULL + FSDP, flags_of_rank={1: "--lr 0.5 --save_steps 3"}),
         Case("other data", 2, FULL, flags_of_rank={1: f"--alpaca_dataset.data_path {other_data}"}),
         Case("other base", 2, FULL + FSDP, flags_of_rank={1: f"--model_name {tiny_model}"}),
@@ -166,6 +200,13 @@ def test_full_fine_tuning_gathers_in_the_compute_dtype_and_sums_in_fp32(runs):
     for rank in (0, 1):
         seen = json.loads((folder / f"dtypes.dtypes-{rank}").read_text())
         assert seen == {"stored": ["torch.float32"], "gathered": ["torch.bfloat16"], "gradients": ["torch.float32"]}
+
+
+def test_a_sharded_model_survives_running_out_of_memory(runs):
+    results, folder = runs
+    assert not any(results["broken off"].errors), results["broken off"].errors
+    for rank in (0, 1):
+        assert json.loads((folder / f"broken off.broken-{rank}").read_text()) == {"forward": True, "backward": True}
 
 
 @pytest.mark.parametrize(
