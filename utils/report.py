@@ -16,6 +16,7 @@ from utils.memory import peak_memory_gb
 from utils.metrics import LOSS_PICTURE, METRICS, train_losses
 from utils.optimization import learning_rate
 from utils.run_folder import Start
+from utils.sharding import sharding_group_size
 
 if TYPE_CHECKING:
     from utils.data import Data
@@ -96,6 +97,14 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
             ),
         )
     )
+    if config.enable_fsdp:
+        say(
+            _(
+                "Sharding: {strategy}; each process holds 1/{size} of weights, gradients and optimizer",
+                strategy=config.fsdp_config.sharding_strategy,
+                size=sharding_group_size(config.fsdp_config, world.size),
+            )
+        )
     rates = [learning_rate(step, config, schedule) for step in (0, schedule.total_steps // 2, schedule.total_steps - 1)]
     say(
         _(

@@ -1,5 +1,6 @@
 """Weights shared out among processes: torch's FSDP2 (`fully_shard`; Zhao et al. 2023)."""
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -45,7 +46,8 @@ def shard(loss_module: nn.Module, config: FsdpConfig, world: World, gathered: to
     Gradients are summed in fp32, not averaged: the loss is divided by the tokens of all processes already.
 
     Args:
-        gathered: dtype in which weights travel and are computed with; None = as they are stored.
+        gathered: dtype in which the layers' weights travel and are computed with; None = as they are stored. Embedding
+            and head always travel as they are stored: the residual stream has the embedding's dtype, sharded or not.
     """
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
@@ -55,16 +57,16 @@ def shard(loss_module: nn.Module, config: FsdpConfig, world: World, gathered: to
         fully_shard,
     )
 
+    policy = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = {
         "mesh": _mesh(config, world),
-        "mp_policy": MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False),
         # Pinned memory is what a GPU copies from; there is none without one.
         "offload_policy": CPUOffloadPolicy(world.device.type == "cuda") if config.fsdp_cpu_offload else OffloadPolicy(),
         "reshard_after_forward": config.sharding_strategy != "SHARD_GRAD_OP",
     }
     for layer in causal_lm(loss_module.model).model.layers:
-        fully_shard(layer, **options)
-    fully_shard(loss_module, **options)
+        fully_shard(layer, mp_policy=policy(gathered), **options)
+    fully_shard(loss_module, mp_policy=policy(None), **options)
     for module in loss_module.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

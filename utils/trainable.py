@@ -27,7 +27,7 @@ def load_trainable(config: TrainingConfig, world: World, folder: ModelFolder, pr
     model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)
     module = ResponseLoss(model, precision.compute)
     if config.enable_fsdp:
-        # An adapter's frozen base is in the compute dtype already; a full fine-tuning's fp32 weights travel in it.
+        # An adapter's frozen base is in the compute dtype already; a full fine-tuning's fp32 layers travel in it.
         shard(module, config.fsdp_config, world, None if config.use_peft else precision.compute)
         host = torch.device("cpu") if config.fsdp_config.fsdp_cpu_offload else None
         load_weights(model, folder, [world.device], host)

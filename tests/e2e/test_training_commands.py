@@ -256,27 +256,23 @@ def test_two_processes_learn_what_one_does(finished, tiny_model, data_file, tmp_
     assert held_out_losses_of(output) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in expected]
 
 
-@pytest.mark.parametrize("kind", ["full", "int8 LoRA"])
-def test_sharded_over_two_processes_learns_what_one_does(tiny_model, data_file, tmp_path, kind):
+def test_sharded_over_two_processes_learns_what_one_does(tiny_model, data_file, tmp_path):
+    """Other methods and numbers of processes: tests/parity/test_sharding.py."""
     output = tmp_path / "sharded"
     flags = ["--model_name", tiny_model, "--output_dir", output, "--alpaca_dataset.data_path", data_file]
-    flags += ["--enable_fsdp", "--batch_size_training", 10, "--num_epochs", 2, "--lr", "1e-3"]
-    flags += ["--freeze_layers"] if kind == "full" else ["--use_peft", "--quantization"]
+    flags += ["--enable_fsdp", "--batch_size_training", 10, "--num_epochs", 2, "--lr", "1e-3", "--freeze_layers"]
     result = torchrun(2, *flags)
     assert result.returncode == 0, result.stdout + result.stderr
 
     settings = {"batch_size_training": 20, "num_epochs": 2, "lr": 1e-3, "val_set_size": 0.05, "scheduler": "cosine"}
-    settings |= {"use_peft": False, "freeze_layers": True} if kind == "full" else {"quantization": "8bit"}
-    trainer = make_trainer(tiny_model, tmp_path / "one", data_file, **settings)
+    trainer = make_trainer(tiny_model, tmp_path / "one", data_file, use_peft=False, freeze_layers=True, **settings)
     losses = train(trainer)
     assert losses[-1] < losses[0]
     assert [loss for _step, loss in losses_of(output)] == pytest.approx(losses, rel=1e-5)
     assert held_out_losses_of(output)[-1][1] == pytest.approx(trainer.last_eval_loss, rel=1e-5)
 
-    # What was saved is whole, under transformers' and PEFT's own names.
-    saved = load_file(output / ("model.safetensors" if kind == "full" else "adapter_model.safetensors"))
-    expected = dict(trainer.model.named_parameters()) if kind == "full" else trainer.parameters
-    expected = {name.replace(".default.", "."): parameter for name, parameter in expected.items()}
+    # What was saved is whole, under transformers' own names.
+    saved, expected = load_file(output / "model.safetensors"), dict(trainer.model.named_parameters())
     assert saved.keys() == expected.keys()
     for name, parameter in expected.items():
         torch.testing.assert_close(saved[name], parameter.detach(), rtol=0, atol=2e-4)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,21 +80,28 @@ def measure_loading(config, world, folder) -> None:
 
 
 def note_dtypes(config, world, folder) -> None:
-    """Note what dtype weights are gathered in and gradients arrive in, computing in bf16."""
-    module = load_trainable(config, world, folder, Precision(torch.bfloat16, torch.float32, ""))
-    seen = {"stored": {str(p.dtype) for p in module.parameters()}, "gathered": set()}
-    for layer in causal_lm(module.model).model.layers:
-        layer.register_forward_pre_hook(
-            lambda layer, _args: seen["gathered"].update(str(p.dtype) for p in layer.parameters())
-        )
+    """Note the dtypes of weights and gradients when computing in bf16, and the loss of the same model not sharded."""
     from conftest import made_up_examples
 
     from utils.packing import pack
 
-    loss = module(pack(made_up_examples()[: 2 + world.rank], world.device), 1.0)
+    precision = Precision(torch.bfloat16, torch.float32, "")
+    batch = pack(made_up_examples()[: 2 + world.rank], world.device)
+    module = load_trainable(config, world, folder, precision)
+    gathered = set()
+    for layer in causal_lm(module.model).model.layers:
+        layer.register_forward_pre_hook(lambda layer, _args: gathered.update(str(p.dtype) for p in layer.parameters()))
+    stored = {str(p.dtype) for p in module.parameters()}
+    loss = module(batch, 1.0)
     loss.backward()
-    seen["gradients"] = {str(p.grad.dtype) for p in module.parameters()}
-    found = {name: sorted(dtypes) for name, dtypes in seen.items()}
+    whole = load_trainable(replace(config, enable_fsdp=False, fsdp_config=FsdpConfig()), world, folder, precision)
+    found = {
+        "stored": sorted(stored),
+        "gathered": sorted(gathered),
+        "gradients": sorted({str(p.grad.dtype) for p in module.parameters()}),
+        "loss": loss.item(),
+        "loss not sharded": whole(batch, 1.0).item(),
+    }
     Path(config.output_dir + f".dtypes-{world.rank}").write_text(json.dumps(found))
 
 
@@ -194,11 +202,13 @@ def test_no_process_holds_the_base_model_whole(runs, kind):
         assert measured["most"] < 0.7 * base.parameter_bytes
 
 
-def test_full_fine_tuning_gathers_in_the_compute_dtype_and_sums_in_fp32(runs):
+def test_full_fine_tuning_gathers_layers_in_the_compute_dtype_and_sums_in_fp32(runs):
     results, folder = runs
     assert not any(results["dtypes"].errors), results["dtypes"].errors
     for rank in (0, 1):
         seen = json.loads((folder / f"dtypes.dtypes-{rank}").read_text())
+        # Norm weights of 1 are the same in bf16, so all must be as without sharding, the residual stream too.
+        assert seen.pop("loss") == seen.pop("loss not sharded")
         assert seen == {"stored": ["torch.float32"], "gathered": ["torch.bfloat16"], "gradients": ["torch.float32"]}
 
 
