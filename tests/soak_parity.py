@@ -1,6 +1,6 @@
 """Every way to share a run out among one, two and four processes, and every way to go on with it in another.
 
-    python tests/soak_parity.py        # 246 runs, a quarter of an hour on two cores; `make soak` runs it
+    python tests/soak_parity.py        # 245 runs, a quarter of an hour on two cores; `make soak` runs it
 
 Real processes (gloo) train a small random model: alone, data parallel, FSDP, hybrid sharded. A run is right when its
 losses are those of one process (1e-5, relative) and its weights too (2e-4), and when its last checkpoint, converted,

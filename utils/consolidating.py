@@ -17,7 +17,7 @@ from utils.checkpoint import Checkpoint, load_tensors
 from utils.distributed import World
 from utils.llama import empty_base_model
 from utils.model_folder import ModelFolder
-from utils.saving import describe_run, model_card, save_result
+from utils.saving import UNFINISHED, describe_run, model_card, save_result
 
 
 def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> TrainingConfig:
@@ -33,7 +33,7 @@ def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> Trai
     """
     state = checkpoint.state
     config = replace(TrainingConfig.restored(state["settings"]), model_name=str(base.path), output_dir=str(output))
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(item.name != UNFINISHED for item in output.iterdir()):
         raise UserError(
             _("{folder} is not empty. Give another --consolidated_model_path, or remove it.", folder=output)
         )

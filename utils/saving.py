@@ -19,6 +19,8 @@ from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.adapters import TRAINING_CONFIG
 
+UNFINISHED = ".saving"
+"""Folder within the output folder where a result is written before it takes its place."""
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4e9
 """Largest file of a saved model."""
@@ -69,7 +71,7 @@ def save_result(
             one at a time and written before the next file's are asked for.
     """
     folder = Path(config.output_dir)
-    staging = folder / ".saving"
+    staging = folder / UNFINISHED
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     if config.use_peft:

@@ -2,22 +2,27 @@
 
 import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, run_script
+from conftest import make_model, make_trainer, run_script
 from runs_together import Case, run_all
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from configs.errors import UserError
 from configs.fsdp import FsdpConfig
+from configs.training import TrainingConfig
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
 from utils import saving
+from utils.adapters import add_adapter, trainable_parameters
 from utils.checkpoint import read_checkpoint
 from utils.consolidating import consolidate
-from utils.llama import causal_lm, empty_base_model
+from utils.llama import causal_lm, empty_base_model, load_weights
 from utils.model_folder import ModelFolder
 from utils.precision import Precision
 from utils.sharding import recover, sharding_group_size
@@ -315,6 +320,49 @@ def test_the_writer_of_weight_files_holds_one_file_at_a_time(tmp_path, monkeypat
     assert len(set(index.values())) == 5
     for number in range(9):
         assert load_file(tmp_path / index[f"t{number}"])[f"t{number}"].eq(number).all()
+
+
+def test_a_model_is_saved_without_ever_being_whole_in_memory(tiny_model, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_model, tmp_path, use_peft=False)
+    expected = dict(trainer.model.named_parameters())
+    largest, alive, most = max(parameter.nbytes for parameter in expected.values()), weakref.WeakSet(), 0
+
+    def tensors():
+        nonlocal most
+        for name, parameter in expected.items():
+            tensor = parameter.detach().clone()
+            alive.add(tensor)
+            most = max(most, sum(other.nbytes for other in alive))
+            yield name, tensor
+
+    monkeypatch.setattr(saving, "SHARD_BYTES", largest)
+    description = saving.describe_run(trainer.config, Tokenizer(tiny_model), PromptTemplate(), "")
+    saving.save_result(trainer.config, trainer.model, tensors(), description, "")
+    assert most <= 2 * largest < sum(parameter.nbytes for parameter in expected.values()) / 2
+    saved = dict(ModelFolder(tmp_path).tensors())
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], parameter) for name, parameter in expected.items())
+
+
+@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+def test_loras_first_weights_are_the_same_over_an_empty_model(tiny_model, quantization):
+    def first_weights(seed: int, *, empty: bool) -> dict[str, torch.Tensor]:
+        config = TrainingConfig(use_peft=True, seed=seed)
+        model = empty_base_model(ModelFolder(tiny_model), torch.float32, quantization)
+        if not empty:
+            load_weights(model, ModelFolder(tiny_model), [torch.device("cpu")])
+        return trainable_parameters(add_adapter(model, config))
+
+    over_empty, over_loaded = first_weights(1, empty=True), first_weights(1, empty=False)
+    other_seed = first_weights(2, empty=True)
+    assert over_empty.keys() == over_loaded.keys() and len(over_empty) == 8
+    for name, weight in over_empty.items():
+        assert torch.equal(weight, over_loaded[name]) and weight.dtype == torch.float32
+        if ".lora_A." in name:  # Kaiming-uniform with a = sqrt(5), nn.Linear's own: 1 / sqrt(inputs) at most
+            assert 0.9 / 64**0.5 < weight.abs().max() <= 1 / 64**0.5
+            assert not torch.equal(weight, other_seed[name])
+        else:
+            assert weight.eq(0).all()
 
 
 @pytest.mark.parametrize(
