@@ -76,9 +76,10 @@ def fine_tune(
     from utils.trainable import load_trainable
     from utils.training import Trainer
 
-    check_ranks_agree({name: value for name, value in config.flat().items() if name not in MAY_DIFFER})
-    if config.enable_fsdp:
-        sharding_group_size(config.fsdp_config, world.size)
+    settings = {name: value for name, value in config.flat().items() if name not in MAY_DIFFER}
+    if config.enable_fsdp:  # the default depends on the machine
+        settings["fsdp_config.sharding_group_size"] = sharding_group_size(config.fsdp_config, world.size)
+    check_ranks_agree(settings)
     say = report.speaker(world)
     output = Path(config.output_dir)
     decide_on_main(world, lambda: hold_folder(output))
