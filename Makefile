@@ -1,6 +1,6 @@
 # make quickstart   the whole path on a tiny model, in minutes, without a GPU
 # make test         the test suite
-# make soak         long fault tests (hours)
+# make soak         long fault and parity tests (hours)
 # make lint         ruff
 #
 # Behind a slow line give a package mirror: make quickstart PIP_INDEX=https://pypi.tuna.tsinghua.edu.cn/simple
@@ -24,6 +24,7 @@ test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest
 
 soak: $(VENV)/.installed-dev
+	@$(BIN)/python tests/soak_parity.py
 	@$(BIN)/python tests/soak_resume.py
 	@$(BIN)/python tests/soak_download.py
 

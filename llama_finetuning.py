@@ -12,8 +12,10 @@ See what the model will see:
     python llama_finetuning.py --preview 3
 """
 
+import collections
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,10 @@ from utils.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from utils.distributed import World
+
+
+MAY_DIFFER = ("model_name", "alpaca_dataset.data_path", "num_workers_dataloader", "gpu_memory_gb")
+"""Settings that may be different ones for each process of a run: what is read must be equal, wherever it lies."""
 
 
 def main(argv: list[str]) -> None:
@@ -60,19 +66,22 @@ def fine_tune(
 ) -> None:
     """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
     from utils import report
-    from utils.adapters import add_adapter, prepare_full
     from utils.distributed import check_ranks_agree, check_shared, decide_on_main, was_restarted
-    from utils.llama import load_base_model
     from utils.memory import forget_peak, limit_memory
     from utils.metrics import Metrics, draw_losses
     from utils.optimization import check_optimizer
     from utils.plan import check_memory
     from utils.precision import choose_precision
-    from utils.run_folder import find_start, hold_folder, run_identity
+    from utils.run_folder import find_start, hold_folder
     from utils.saving import describe_run, save_result, write_training_config
-    from utils.sharding import whole_state
+    from utils.sharding import sharding_group_size, whole_tensors
+    from utils.trainable import load_trainable
     from utils.training import Trainer
 
+    settings = {name: value for name, value in config.flat().items() if name not in MAY_DIFFER}
+    if config.enable_fsdp:  # the default depends on the machine
+        settings["fsdp_config.sharding_group_size"] = sharding_group_size(config.fsdp_config, world.size)
+    check_ranks_agree(settings)
     say = report.speaker(world)
     output = Path(config.output_dir)
     decide_on_main(world, lambda: hold_folder(output))
@@ -84,12 +93,12 @@ def fine_tune(
     data = load_data(config, tokenizer, template, say)
     fingerprints = {
         "data": data.fingerprint(),
-        "base_model": decide_on_main(world, folder.fingerprint),
+        "base_model": folder.fingerprint(),
         "tokenizer": tokenizer.fingerprint,
         "prompt_template": repr(template),
     }
+    check_ranks_agree({**fingerprints, "held_out": replace(data, training=data.held_out).fingerprint()})
     start = decide_on_main(world, lambda: find_start(config, world.size, len(data.training), fingerprints))
-    check_ranks_agree(run_identity(config, start.schedule, fingerprints))
     report.start_notes(start, output, say)
     if start.is_finished:
         return
@@ -100,10 +109,9 @@ def fine_tune(
     check_optimizer(config, world.device)
     report.note_on_cards(config, folder, world, precision, max(map(len, data.training)), say)
     say(_("Loading {folder} …", folder=folder.path))
-    model = load_base_model(folder, precision.weights, world.devices, config.quantization)
-    model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)
+    module = load_trainable(config, world, folder, precision)
 
-    trainer = Trainer(config, world, model, precision, data, start)
+    trainer = Trainer(config, world, module, precision, data, start)
     decide_on_main(world, trainer.check_disk_space)
     report.before_first_step(trainer, data, say)
     description = describe_run(config, tokenizer, template, fingerprints["base_model"])
@@ -114,14 +122,16 @@ def fine_tune(
     trainer.run(metrics)
     metrics.close()
 
-    state = whole_state(trainer.parameters if config.use_peft else dict(model.named_parameters()), world.is_main)
+    description["trained_steps"] = trainer.done
+    tensors = whole_tensors(trainer.parameters if config.use_peft else dict(trainer.model.named_parameters()))
     if world.is_main:
-        description["trained_steps"] = trainer.done
         if config.save_model:
-            save_result(config, model, state, description, report.model_card(trainer, output))
+            save_result(config, trainer.model, tensors, description, report.model_card(trainer, output))
         else:
             write_training_config(output, description)
         draw_losses(output)
+    elif config.save_model and config.enable_fsdp:
+        collections.deque(tensors, maxlen=0)  # each process has a part in every tensor
     report.after_last_step(trainer, output, say)
 
 

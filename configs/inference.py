@@ -1,4 +1,4 @@
-"""Settings of chat, serving and merging."""
+"""Settings of chat, serving, merging and converting."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -121,3 +121,21 @@ class MergeConfig:
         """What is out of range."""
         if self.shard_gb <= 0:
             yield _("--shard_gb {value}: must be above 0", value=self.shard_gb)
+
+
+@dataclass
+class ConverterConfig:
+    """Turn a run's checkpoint, sharded or not, into a Hugging Face model (full fine-tuning) or a LoRA adapter."""
+
+    fsdp_checkpoint_path: str = ""
+    """Folder of the checkpoint: output_dir/checkpoints/step-N of the run."""
+    consolidated_model_path: str = ""
+    """Folder for the result; it must not exist yet, or be empty."""
+    HF_model_path_or_name: str = ""
+    """Folder of the base model; empty = where the run had it."""
+
+    def problems(self) -> Iterator[str]:
+        """What is missing."""
+        for name in ("fsdp_checkpoint_path", "consolidated_model_path"):
+            if not getattr(self, name):
+                yield _("--{name} needs a value", name=name)

@@ -1,9 +1,9 @@
 """Settings of llama_finetuning.py. The names are llama-recipes'; where a default differs, its reason stands beneath."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from configs.datasets import AlpacaDataset
 from configs.fsdp import FsdpConfig
@@ -136,6 +136,21 @@ class TrainingConfig:
         # Runs may share the root, so each has a folder of its own.
         own = f"{self.dist_checkpoint_folder}-{Path(self.output_dir).resolve().name}"
         return Path(self.dist_checkpoint_root_folder) / own
+
+    @classmethod
+    def restored(cls, settings: dict[str, Any]) -> "TrainingConfig":
+        """The settings that `dataclasses.asdict` once made a dictionary of."""
+        kinds = {field.name: type(getattr(cls(), field.name)) for field in fields(cls)}
+        return cls(**{k: kinds[k](**v) if isinstance(v, dict) else v for k, v in settings.items() if k in kinds})
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by the name of its flag."""
+        settings: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            settings |= (
+                {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+            )
+        return settings
 
     def problems(self) -> Iterator[str]:
         """What is out of range, and which settings do not go together."""

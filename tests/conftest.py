@@ -166,26 +166,37 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def made_up_examples() -> list:
+    """Eight examples of different lengths, of random tokens."""
+    import numpy as np
+
+    from ft_datasets.alpaca_dataset import Example
+
+    chooser = np.random.default_rng(0)
+    made_up = []
+    for number, length in enumerate((9, 30, 17, 12, 40, 8, 25, 14), 1):
+        ids = [1, *chooser.integers(260, 600, length - 2), 2]
+        made_up.append(Example(number, "", np.array(ids, dtype=np.int32), prompt_length=length // 3))
+    return made_up
+
+
 def make_trainer(model_folder: Path, output: Path, data: Path | None = None, checkpoint=None, **settings):
     """A trainer in this process, on the CPU in fp32, ready to run; settings as on the command line.
 
     Without `data`, the examples are eight made-up ones, none of them held out.
     """
-    import numpy as np
     import torch
 
     from configs.training import TrainingConfig
-    from ft_datasets.alpaca_dataset import Example
     from ft_datasets.prompt import PromptTemplate
     from ft_datasets.tokenizer import Tokenizer
-    from utils.adapters import add_adapter, prepare_full
     from utils.data import Data, load_data
     from utils.distributed import World
-    from utils.llama import load_base_model
     from utils.model_folder import ModelFolder
     from utils.packing import Schedule
     from utils.precision import choose_precision
     from utils.run_folder import Start
+    from utils.trainable import load_trainable
     from utils.training import Trainer
 
     settings = {"use_peft": True, "val_set_size": 0, "save_minutes": 0, "scheduler": "constant", **settings}
@@ -195,20 +206,14 @@ def make_trainer(model_folder: Path, output: Path, data: Path | None = None, che
         config.alpaca_dataset.data_path = str(data)
         examples = load_data(config, Tokenizer(model_folder), PromptTemplate(), report=lambda _message: None)
     else:
-        chooser = np.random.default_rng(0)
-        made_up = []
-        for number, length in enumerate((9, 30, 17, 12, 40, 8, 25, 14), 1):
-            ids = [1, *chooser.integers(260, 600, length - 2), 2]
-            made_up.append(Example(number, "", np.array(ids, dtype=np.int32), prompt_length=length // 3))
-        examples = Data(made_up, [])
+        examples = Data(made_up_examples(), [])
     world = World(0, 0, 1, [torch.device("cpu")])
     precision = choose_precision(world.device, config)
-    model = load_base_model(ModelFolder(model_folder), precision.weights, world.devices, config.quantization)
-    model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)
+    module = load_trainable(config, world, ModelFolder(model_folder), precision)
     schedule = Schedule(
         len(examples.training), config.batch_size_training, config.num_epochs, config.max_steps, config.seed
     )
-    return Trainer(config, world, model, precision, examples, Start(schedule, {}, checkpoint, False, []))
+    return Trainer(config, world, module, precision, examples, Start(schedule, {}, checkpoint, False, []))
 
 
 def train(trainer) -> list[float]:
@@ -224,9 +229,9 @@ def train(trainer) -> list[float]:
 
 def save_adapter(trainer) -> Path:
     """Save a trainer's adapter in its output folder, as PEFT has it."""
-    from utils.sharding import whole_state
+    from utils.sharding import whole_tensors
 
-    trainer.model.save_pretrained(trainer.config.output_dir, state_dict=whole_state(trainer.parameters, True))
+    trainer.model.save_pretrained(trainer.config.output_dir, state_dict=dict(whole_tensors(trainer.parameters)))
     return Path(trainer.config.output_dir)
 
 

@@ -1,6 +1,7 @@
 """The trainable part of a model: put over a base model, and loaded again for use (utils/saving.py writes it)."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ DESCRIBED = ("settings", "prompt_template", "bos_ids", "eos_id", "tokenizer_fing
 
 def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
     """Put the chosen PEFT adapter over the frozen model; its weights are fp32.
+
+    LoRA goes over a model without weights (`empty_base_model`) as well.
 
     Raises:
         UserError: the adapter does not fit this model.
@@ -65,10 +68,30 @@ def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
             num_virtual_tokens=config.prefix_config.num_virtual_tokens, task_type="CAUSAL_LM"
         )
     adapted = peft.get_peft_model(model, peft_config)
+    if config.peft_method == "lora":
+        _draw_lora(adapted, config.seed)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _draw_lora(adapted: nn.Module, seed: int) -> None:
+    """Draw LoRA's first weights by PEFT's default rule (Kaiming-uniform A, B = 0), in the order of the layers.
+
+    On the CPU, so that they are the same wherever the base lies; and where the base has no weights yet, the adapter,
+    which PEFT leaves without any as well, has them from here on, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in trainable_parameters(adapted).items():
+        if ".lora_" not in name:
+            continue  # modules that are trained whole begin as the base has them
+        first = torch.zeros(parameter.shape)
+        if ".lora_A." in name:
+            nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
+        device = torch.device("cpu") if parameter.is_meta else parameter.device
+        owner, _dot, leaf = name.rpartition(".")
+        setattr(adapted.get_submodule(owner), leaf, nn.Parameter(first.to(device)))
 
 
 def _check_targets(model: nn.Module, targets: list[str]) -> None:

@@ -77,7 +77,8 @@ def start_world(one_gpu: bool) -> World:
         devices = [torch.device("cpu")]
     if size > 1:
         # Half an hour: another rank may be hashing or loading from a slow disk meanwhile.
-        backend = "nccl" if devices[0].type == "cuda" else "gloo"
+        # Weights that FSDP keeps in host memory are gathered from there, which NCCL can't do.
+        backend = "cpu:gloo,cuda:nccl" if devices[0].type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     return World(rank, local_rank, size, devices)
 
@@ -153,7 +154,7 @@ def same_on_all(text: str) -> list[str]:
 
 
 def check_ranks_agree(settings: dict[str, object]) -> None:
-    """Refuse a run whose processes were given different settings or different data, naming the differences.
+    """Refuse a run whose processes were given different settings or different data, naming ranks and differences.
 
     Raises:
         UserError: on every process.
@@ -162,12 +163,15 @@ def check_ranks_agree(settings: dict[str, object]) -> None:
     if dist.is_initialized():
         gathered = [{} for _rank in range(dist.get_world_size())]
         dist.all_gather_object(gathered, settings)
-    differing = [name for name in gathered[0] if any(other.get(name) != gathered[0][name] for other in gathered)]
-    if differing:
-        lines = [f"  {name}: " + ", ".join(str(other.get(name)) for other in gathered) for name in differing]
-        raise UserError(
-            "\n".join([_("The processes of this run disagree (one value for each process, in order):"), *lines])
-        )
+    lines = [
+        _("  {name}: {value} on rank {rank}, {main} on rank 0", name=name, value=other.get(name), rank=rank, main=main)
+        for name, main in gathered[0].items()
+        for rank, other in enumerate(gathered)
+        if other.get(name) != main
+    ]
+    if lines:
+        heading = _("The processes of this run disagree. Start all of them with the same command, data and base model:")
+        raise UserError("\n".join([heading, *lines]))
 
 
 def from_main(value: Result) -> Result:

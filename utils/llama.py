@@ -5,6 +5,7 @@ that they belong to and quantised there, so that loading takes little more memor
 loop stands here, because training, evaluation, chat and serving share it.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,47 +41,64 @@ def load_base_model(
     Raises:
         UserError: weights are missing, or have another shape than the configuration says.
     """
+    model = empty_base_model(folder, dtype, quantization)
+    load_weights(model, folder, devices)
+    return model
+
+
+def empty_base_model(folder: ModelFolder, dtype: torch.dtype, quantization: Quantization | None = None) -> nn.Module:
+    """The model that `load_base_model` loads, its weights still on the meta device: shapes alone, to be sharded."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention.register()
     config = AutoConfig.from_pretrained(folder.path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.PACKED, dtype=dtype)
-    decoder = model.model
     if quantization:
-        quantize_linears(decoder.layers, quantization, dtype)
-    layer_devices = [devices[i * len(devices) // len(decoder.layers)] for i in range(len(decoder.layers))]
+        quantize_linears(model.model.layers, quantization, dtype)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(False).eval()
+
+
+def load_weights(
+    model: nn.Module, folder: ModelFolder, devices: list[torch.device], host: torch.device | None = None
+) -> None:
+    """Fill an empty base model, with or without an adapter over it, from its files, one tensor at a time.
+
+    Where the model is sharded, each process reads every tensor and keeps its own shard. (Quantised weights are
+    quantised whole: their scales lie whole on each process.)
+
+    Args:
+        devices: see load_base_model.
+        host: where the weights lie, if not on `devices` (CPU offload).
+
+    Raises:
+        UserError: see load_base_model.
+    """
+    base = causal_lm(model)
+    layers = len(base.model.layers)
+    layer_devices = [devices[i * len(devices) // layers] for i in range(layers)]
 
     def device_of(name: str) -> torch.device:
         if name.startswith("model.layers."):
             return layer_devices[int(name.split(".")[2])]
         return devices[0] if name.startswith("model.embed_tokens.") else devices[-1]
 
-    modules, missing = dict(model.named_modules()), dict(model.named_parameters())
+    # An adapter's own weights are there already. PEFT hangs a layer that it adapts below `base_layer`, and one that is
+    # trained whole below `original_module`, with a copy to train.
+    missing: dict[str, list[str]] = {}
+    for place, parameter in base.named_parameters():
+        if parameter.device.type == "meta":
+            name = re.sub(r"\.(base_layer|original_module|modules_to_save\.default)\.", ".", place)
+            missing.setdefault(name, []).append(place)
     for name, tensor in folder.tensors():
-        owner, _dot, leaf = name.rpartition(".")
-        if name not in missing:
-            continue  # rotary frequencies of old files, a tied head's second copy
-        expected = tuple(missing.pop(name).shape)
-        if tuple(tensor.shape) != expected:
-            raise UserError(
-                _(
-                    "{folder}: {name} has shape {shape}, config.json asks for {expected}. The files do not belong "
-                    "together.",
-                    folder=folder.path,
-                    name=name,
-                    shape=tuple(tensor.shape),
-                    expected=expected,
-                )
-            )
-        module, tensor = modules[owner], tensor.to(device_of(name))
-        if isinstance(module, QuantizedLinear) and leaf == "weight":
-            module.quantize_(tensor)
-        else:
-            setattr(module, leaf, nn.Parameter(tensor.to(dtype), requires_grad=False))
-    if config.tie_word_embeddings:
-        missing.pop("lm_head.weight", None)
-        model.lm_head.weight = decoder.embed_tokens.weight
+        # What has no place: rotary frequencies of old files, a tied head's second copy.
+        for place in missing.pop(name, []):
+            owner, _dot, leaf = place.rpartition(".")
+            _fill(base.get_submodule(owner), leaf, tensor, name, folder, device_of(name), host)
+    if base.config.tie_word_embeddings:
+        base.lm_head.weight = base.model.embed_tokens.weight
     if missing:
         raise UserError(
             _(
@@ -90,8 +108,48 @@ def load_base_model(
             )
         )
     # Its frequencies are computed, not stored, so the meta device kept none.
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(devices[0])
-    return model.eval()
+    base.model.rotary_emb = type(base.model.rotary_emb)(config=base.config).to(devices[0])
+
+
+def _fill(
+    module: nn.Module,
+    leaf: str,
+    tensor: torch.Tensor,
+    name: str,
+    folder: ModelFolder,
+    device: torch.device,
+    host: torch.device | None,
+) -> None:
+    """Put a tensor of the files in the place of a module's empty one."""
+    empty = getattr(module, leaf)
+    is_quantized = isinstance(module, QuantizedLinear) and leaf == "weight"
+    expected = (module.out_features, module.in_features) if is_quantized else tuple(empty.shape)
+    if tuple(tensor.shape) != expected:
+        raise UserError(
+            _(
+                "{folder}: {name} has shape {shape}, config.json asks for {expected}. The files do not belong "
+                "together.",
+                folder=folder.path,
+                name=name,
+                shape=tuple(tensor.shape),
+                expected=expected,
+            )
+        )
+    if is_quantized:
+        module.quantize_(tensor.to(device))
+        tensor = module.weight.detach()
+    kept = own_shard(tensor, empty).to(host or device, empty.dtype)
+    setattr(module, leaf, nn.Parameter(kept, requires_grad=empty.requires_grad))
+
+
+def own_shard(tensor: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """What this process keeps of a whole tensor that is to stand in the place of `place`: its shard, or all of it."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(place, DTensor):
+        return tensor
+    # A copy of the shard; without a source rank nothing is sent.
+    return distribute_tensor(tensor, place.device_mesh, place.placements, src_data_rank=None)
 
 
 def causal_lm(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -29,7 +29,7 @@ def find_budget(
     world: World,
     longest_example: int,
     largest_step: int,
-    layers: int,
+    kept_counts: Sequence[int],
     try_step: Callable[[int, int], None],
 ) -> tuple[int, int]:
     """(token budget, layers that keep activations): the fastest pair that fits on every process's card, by measurement.
@@ -38,21 +38,22 @@ def find_budget(
     fill the card less well; so sizes are tried downwards until the next one is slower.
 
     Args:
+        kept_counts: how many layers may keep their activations, in ascending order.
         try_step: makes a full micro-batch of so many tokens go forward and backward, so many layers keeping their
             activations; raises OutOfMemoryError.
     """
     if world.device.type == "cpu":
-        return max(longest_example, CPU_TOKENS), layers
+        return max(longest_example, CPU_TOKENS), kept_counts[-1]
     budgets = token_budgets(longest_example, largest_step)
-    best, best_speed = (budgets[-1], 0), 0.0
+    best, best_speed = (budgets[-1], kept_counts[0]), 0.0
     for budget in budgets:
-        kept, seconds = _most_kept_layers(world, layers, functools.partial(try_step, budget))
+        kept, seconds = _most_kept_layers(world, kept_counts, functools.partial(try_step, budget))
         if seconds is None:
             continue
         if budget / seconds < best_speed:
             break
         best, best_speed = (budget, kept), budget / seconds
-        if kept == layers:
+        if kept == kept_counts[-1]:
             break
     return best
 
@@ -67,20 +68,22 @@ def shrink_until_fits(
     return longest_example
 
 
-def _most_kept_layers(world: World, layers: int, try_step: Callable[[int], None]) -> tuple[int, float | None]:
-    """How many layers can keep their activations, and the seconds that takes; None = recomputing all does not fit."""
-    if seconds := measure(world, functools.partial(try_step, layers)):
-        return layers, seconds
-    kept, too_many = 0, layers
-    seconds = measure(world, functools.partial(try_step, kept))
-    while seconds and too_many - kept > 1:
-        middle = (kept + too_many) // 2
-        if more := measure(world, functools.partial(try_step, middle)):
-            kept, seconds = middle, more
+def _most_kept_layers(
+    world: World, kept_counts: Sequence[int], try_step: Callable[[int], None]
+) -> tuple[int, float | None]:
+    """The most of `kept_counts` that fits, and the seconds that it takes; None = not even the least does."""
+    if seconds := measure(world, functools.partial(try_step, kept_counts[-1])):
+        return kept_counts[-1], seconds
+    fits, too_many = 0, len(kept_counts) - 1
+    seconds = measure(world, functools.partial(try_step, kept_counts[0])) if too_many else None
+    while seconds and too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if more := measure(world, functools.partial(try_step, kept_counts[middle])):
+            fits, seconds = middle, more
         else:
             too_many = middle
     # Room for one layer stays: later steps have other lengths, and lose a little between blocks.
-    return max(0, kept - 1), seconds
+    return kept_counts[max(0, fits - 1)], seconds
 
 
 def measure(world: World, attempt: Callable[[], None]) -> float | None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from configs.errors import UserError
 from configs.messages import _
@@ -19,10 +18,9 @@ from ft_datasets.prompt import PromptTemplate
 from utils.adapters import TRAINING_CONFIG
 from utils.model_folder import ADAPTER_CONFIG, ModelFolder, open_tensors
 from utils.quantization import rounded_weight
-from utils.saving import copy_tokenizer, make_readable
+from utils.saving import make_readable, write_model
 
 PREFIX = "base_model.model."
-INDEX = "model.safetensors.index.json"
 
 
 class LoraDelta:
@@ -150,10 +148,8 @@ def merge(
                     free=f"{free / 1e9:.1f}",
                 )
             )
-        size = _write_shards(_merged(base, delta, quantization), staging, shard_gb * 1e9)
+        size = write_model(base.path, _merged(base, delta, quantization), staging, template, shard_gb * 1e9)
         delta.check_all_used()
-        copy_tokenizer(base.path, staging, template)
-        shutil.copyfile(base.path / "config.json", staging / "config.json")
         if (adapter / TRAINING_CONFIG).is_file():  # generate.py finds the prompt template there
             shutil.copyfile(adapter / TRAINING_CONFIG, staging / TRAINING_CONFIG)
         make_readable(staging)
@@ -174,36 +170,3 @@ def _merged(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, weight in base.tensors():
         yield name, delta.apply(name, weight, quantization)
-
-
-def _write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, shard_bytes: float) -> int:
-    """Write safetensors files of at most `shard_bytes` (and at least one tensor) with their index."""
-    shards: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    total = size = 0
-
-    def flush() -> None:
-        save_file(shard, str(folder / f"shard-{len(shards)}"), metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_bytes:
-            flush()
-            size = 0
-        shard[name] = tensor.contiguous()
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    count = len(shards)
-    if count == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return total
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{count:05}.safetensors"
-        (folder / f"shard-{number - 1}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return total

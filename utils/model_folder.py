@@ -146,6 +146,11 @@ class ModelFolder:
                 for name in names:
                     yield name, tensors.get_tensor(name)
 
+    def tensor(self, name: str) -> Any:
+        """One weight, on the CPU."""
+        with open_tensors(self.tensor_files[name]) as tensors:
+            return tensors.get_tensor(name)
+
     def fingerprint(self) -> str:
         """A hash that tells one base model from another of the same shape: over the first row of every weight.
 

@@ -52,7 +52,11 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.compute_dtype = compute_dtype
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias = nn.Parameter(self.empty_storage(), requires_grad=False), linear.bias
+
+    def empty_storage(self) -> torch.Tensor:
+        """The weight's place before it is filled, on the meta device, in the shape and dtype that it is stored in."""
+        raise NotImplementedError
 
     def quantize_(self, weight: torch.Tensor) -> None:
         """Store `weight`, shape [out_features, in_features], on the device that it is on."""
@@ -80,6 +84,10 @@ class QuantizedLinear(nn.Linear):
 class Int8Linear(QuantizedLinear):
     """int8 with one scale a row, bitsandbytes' LLM.int8() storage (Dettmers et al. 2022)."""
 
+    def empty_storage(self) -> torch.Tensor:
+        """See QuantizedLinear."""
+        return torch.empty(self.out_features, self.in_features, dtype=torch.int8, device="meta")
+
     def quantize_(self, weight: torch.Tensor) -> None:
         """See QuantizedLinear."""
         weight = weight.float()
@@ -102,20 +110,23 @@ class Int8Linear(QuantizedLinear):
 class Nf4Linear(QuantizedLinear):
     """4-bit NormalFloat with double-quantised scales (Dettmers et al. 2023, QLoRA), bitsandbytes' storage."""
 
-    def quantize_(self, weight: torch.Tensor) -> None:
-        """See QuantizedLinear."""
-        from bitsandbytes import functional
-
+    def empty_storage(self) -> torch.Tensor:
+        """See QuantizedLinear. Rows stay rows, so that FSDP shards them; two weights share a byte."""
         if self.in_features % 2:
             raise UserError(
                 _("This model has a layer {width} wide; 4 bit needs even widths: use 8bit.", width=self.in_features)
             )
+        return torch.empty(self.out_features, self.in_features // 2, dtype=torch.uint8, device="meta")
+
+    def quantize_(self, weight: torch.Tensor) -> None:
+        """See QuantizedLinear."""
+        from bitsandbytes import functional
+
         # fp32 first: the same stored bits come out whatever dtype the weight file has.
         packed, state = functional.quantize_4bit(
             weight.float().contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True
         )
         assert state.state2.blocksize == ABSMAX_BLOCK
-        # Rows stay rows, so that FSDP shards them; two weights share a byte.
         self.weight = nn.Parameter(packed.view(self.out_features, -1), requires_grad=False)
         self.register_buffer("absmax", state.absmax, persistent=False)
         self.register_buffer("absmax_offset", state.offset, persistent=False)

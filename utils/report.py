@@ -16,6 +16,7 @@ from utils import saving
 from utils.checkpoint import run_tensors, size_of
 from utils.distributed import World
 from utils.estimate import Shape, estimate, estimate_of_run
+from utils.fused_layers import why_not
 from utils.llama import causal_lm
 from utils.memory import peak_memory_gb, token_budgets
 from utils.metrics import LOSS_PICTURE, METRICS, train_losses
@@ -23,6 +24,7 @@ from utils.model_folder import ModelFolder
 from utils.optimization import learning_rate
 from utils.precision import Precision
 from utils.run_folder import Start
+from utils.sharding import sharding_group_size
 
 if TYPE_CHECKING:
     from utils.data import Data
@@ -133,8 +135,18 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
             ),
         )
     )
-    if trainer.plain_because and world.device.type == "cuda":
-        say(_("The plain layers are used, not the fast ones: {reason}.", reason=trainer.plain_because))
+    architecture = causal_lm(trainer.model).config.to_dict()
+    reason = why_not(config, architecture, world.device, trainer.precision.compute)
+    if reason and world.device.type == "cuda":
+        say(_("The plain layers are used, not the fast ones: {reason}.", reason=reason))
+    if config.enable_fsdp:
+        say(
+            _(
+                "Sharding: {strategy}; each process holds 1/{size} of weights, gradients and optimizer",
+                strategy=config.fsdp_config.sharding_strategy,
+                size=sharding_group_size(config.fsdp_config, world.size),
+            )
+        )
     rates = [learning_rate(step, config, schedule) for step in (0, schedule.total_steps // 2, schedule.total_steps - 1)]
     say(
         _(

@@ -1,6 +1,5 @@
 """The output folder of a run: held by one run at a time, and the place from which a run goes on."""
 
-import dataclasses
 import fcntl
 import os
 import socket
@@ -154,12 +153,8 @@ def find_start(config: TrainingConfig, world_size: int, examples: int, fingerpri
 def run_identity(config: TrainingConfig, schedule: Schedule, fingerprints: dict[str, str]) -> dict[str, Any]:
     """All that a run's result depends on, but its length, as flat names and values."""
     identity: dict[str, Any] = {"global_batch_size": schedule.global_batch_size, **fingerprints}
-    for name, value in dataclasses.asdict(config).items():
-        if name in WITHOUT_EFFECT_ON_RESULT:
-            continue
-        if isinstance(value, dict):
-            identity |= {f"{name}.{key}": item for key, item in value.items()}
-        else:
+    for name, value in config.flat().items():
+        if name.partition(".")[0] not in WITHOUT_EFFECT_ON_RESULT:
             identity[name] = value
     del identity["alpaca_dataset.data_path"]  # the data counts by its fingerprint
     return identity

@@ -3,12 +3,14 @@
 import json
 import shlex
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from configs.messages import _
@@ -17,6 +19,11 @@ from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.adapters import TRAINING_CONFIG
 
+UNFINISHED = ".saving"
+"""Folder within the output folder where a result is written before it takes its place."""
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4e9
+"""Largest file of a saved model."""
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "sentencepiece", "tokenizers", "safetensors")
 
 
@@ -49,28 +56,31 @@ def write_training_config(folder: Path, description: dict[str, Any]) -> None:
 
 
 def save_result(
-    config: TrainingConfig, model: nn.Module, state: dict[str, torch.Tensor], description: dict[str, Any], card: str
+    config: TrainingConfig,
+    model: nn.Module,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    description: dict[str, Any],
+    card: str,
 ) -> None:
     """Hand a run's result over into its output folder: an adapter, or the whole model with its tokenizer.
 
     Each file appears whole or not at all.
 
     Args:
-        state: tensors by parameter name, whole and on the CPU: the adapter's, or all of a model's.
+        tensors: (parameter name, tensor), whole and on the CPU: the adapter's, or all of a model's. A model's are taken
+            one at a time and written before the next file's are asked for.
     """
     folder = Path(config.output_dir)
-    staging = folder / ".saving"
+    staging = folder / UNFINISHED
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     if config.use_peft:
-        model.save_pretrained(str(staging), state_dict=state)
+        model.save_pretrained(str(staging), state_dict=dict(tensors))
     else:
         base = Path(config.model_name)
         dtype = getattr(torch, stored_dtype(base))
-        whole = {name: tensor.to(dtype) for name, tensor in state.items()}
-        model.config.dtype = dtype
-        model.save_pretrained(str(staging), state_dict=whole, max_shard_size="4GB")
-        copy_tokenizer(base, staging, PromptTemplate(**description["prompt_template"]))
+        template = PromptTemplate(**description["prompt_template"])
+        write_model(base, ((name, tensor.to(dtype)) for name, tensor in tensors), staging, template, SHARD_BYTES)
     (staging / "README.md").write_text(card, encoding="utf-8")
     _write_json(staging / TRAINING_CONFIG, description)
     make_readable(staging)
@@ -84,6 +94,52 @@ def stored_dtype(folder: Path) -> str:
     """The dtype of a base model's files, which a fully trained model is stored in as well."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def write_model(
+    base: Path, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, template: PromptTemplate, shard_bytes: float
+) -> int:
+    """Write a model as a hub repository would hold it, with its base's tokenizer; returns the weights' bytes."""
+    size = write_shards(tensors, folder, shard_bytes)
+    copy_tokenizer(base, folder, template)
+    shutil.copyfile(base / "config.json", folder / "config.json")
+    return size
+
+
+def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, shard_bytes: float) -> int:
+    """Write safetensors files of at most `shard_bytes` (and at least one tensor) with their index.
+
+    No more than one file's tensors are in memory at a time. Returns the bytes of all.
+    """
+    shards: list[list[str]] = []
+    shard: dict[str, torch.Tensor] = {}
+    total = size = 0
+
+    def flush() -> None:
+        save_file(shard, str(folder / f"shard-{len(shards)}"), metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            flush()
+            size = 0
+        shard[name] = tensor.contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    count = len(shards)
+    if count == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return total
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{count:05}.safetensors"
+        (folder / f"shard-{number - 1}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return total
 
 
 def make_readable(folder: Path) -> None:

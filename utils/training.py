@@ -23,7 +23,7 @@ from utils.checkpoint import Checkpoint
 from utils.compiling import compile_layers, should_compile
 from utils.data import Data
 from utils.distributed import World, sum_across, sum_gradients
-from utils.fused_layers import FusedLayers, why_not
+from utils.fused_layers import FusedLayers
 from utils.llama import causal_lm, forward_hidden
 from utils.loss import ChunkLoss, chunk_loss, labelled_cross_entropy
 from utils.memory import find_budget, peak_memory_gb, shrink_until_fits
@@ -32,7 +32,7 @@ from utils.optimization import LossScale, gradient_norm, learning_rate, make_opt
 from utils.packing import PackedBatch, pack, seed_of, share_out
 from utils.precision import Precision
 from utils.run_folder import Start
-from utils.sharding import is_sharded, shard
+from utils.sharding import is_sharded, recover
 from utils.watch import LossWatch
 
 MAX_FAILED_STEPS = 10
@@ -93,7 +93,7 @@ class Trainer:
     """One run of training, from a base model with its trainable part to its last step.
 
     Args:
-        model: as `load_base_model` gave it, with an adapter over it or all weights trainable.
+        loss_module: as `load_trainable` gave it.
         precision: dtypes of the computation.
         data: the examples to learn from and to measure on.
         start: where the run begins, and its steps.
@@ -103,21 +103,17 @@ class Trainer:
         self,
         config: TrainingConfig,
         world: World,
-        model: nn.Module,
+        loss_module: ResponseLoss,
         precision: Precision,
         data: Data,
         start: Start,
     ) -> None:
-        self.config, self.world, self.model, self.precision = config, world, model, precision
+        self.config, self.world, self.precision = config, world, precision
         self.training, self.held_out = data.training, data.held_out
         self.schedule, self.identity = start.schedule, start.identity
         self.longest = max(map(len, [*data.training, *data.held_out]))
-        self.plain_because = why_not(config, causal_lm(model).config.to_dict(), world.device, precision.compute)
-        fused = None if self.plain_because else FusedLayers(model, precision.compute)
-        self.loss_module = ResponseLoss(model, precision.compute, fused)
-        if config.enable_fsdp:
-            shard(self.loss_module, config.fsdp_config, world)
-        self.parameters = trainable_parameters(model)
+        self.loss_module, self.model = loss_module, loss_module.model
+        self.parameters = trainable_parameters(self.model)
         self.optimizer = make_optimizer(self.parameters.values(), config)
         self.loss_scale = LossScale.for_dtype(precision.compute)
         self.token_budget = 0
@@ -156,13 +152,15 @@ class Trainer:
         if self.compiles and fused:
             self.loss_module.compile()
         layers = len(causal_lm(self.model).model.layers)
-        if not self.token_budget:
+        recompute = self.config.fsdp_config.fsdp_activation_checkpointing
+        kept_counts = range(layers + 1) if recompute is None else [0 if recompute else layers]
+        if not self.token_budget or self.loss_module.kept_layers not in kept_counts:
             largest_step = self.schedule.largest_step([len(example) for example in self.training])
             self.token_budget, self.loss_module.kept_layers = find_budget(
                 self.world,
                 self.longest,
                 math.ceil(1.02 * largest_step / self.world.size),  # processes do not share a step out quite evenly
-                layers,
+                kept_counts,
                 self._try_micro_batch,
             )
         if self.compiles and not fused:
@@ -182,8 +180,12 @@ class Trainer:
         self.loss_module.kept_layers = kept_layers
         try:
             self.loss_module(pack(chosen, self.world.device, self.longest), 0.0).backward()
+            assert all(p.grad is not None for p in self.parameters.values()), "a trainable parameter without a gradient"
             # The optimizer's state will lie beside the activations.
             checkpoints.run_tensors(self.parameters, self.optimizer)
+        except torch.cuda.OutOfMemoryError:
+            recover(self.loss_module)
+            raise
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -388,6 +390,7 @@ class Trainer:
             "step": self.done,
             "total_steps": self.schedule.total_steps,
             "identity": self.identity,
+            "settings": asdict(self.config),
             "world_size": self.world.size,
             "batch_size_training": self.config.batch_size_training,
             "has_optimizer": self.config.save_optimizer,

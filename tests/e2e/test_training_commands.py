@@ -252,32 +252,29 @@ def test_nodes_without_a_common_disk_are_refused(tiny_model, data_file, tmp_path
     ]
 
 
-@pytest.mark.parametrize("kind", ["full", "bf16", "int8 LoRA"])
+@pytest.mark.parametrize("kind", ["full", "bf16"])
 def test_sharded_over_two_processes_learns_what_one_does(tiny_model, data_file, tmp_path, kind):
+    """Other methods and numbers of processes: tests/parity/test_sharding.py."""
     output = tmp_path / "sharded"
     flags = ["--model_name", tiny_model, "--output_dir", output, "--alpaca_dataset.data_path", data_file]
     flags += ["--enable_fsdp", "--batch_size_training", 10, "--num_epochs", 2, "--lr", "1e-3"]
-    flags += {"full": ["--freeze_layers"], "bf16": ["--pure_bf16"], "int8 LoRA": ["--use_peft", "--quantization"]}[kind]
+    flags += {"full": ["--freeze_layers"], "bf16": ["--pure_bf16"]}[kind]
     result = torchrun(2, *flags)
     assert result.returncode == 0, result.stdout + result.stderr
 
     settings = {"batch_size_training": 20, "num_epochs": 2, "lr": 1e-3, "val_set_size": 0.05, "scheduler": "cosine"}
-    is_full = kind != "int8 LoRA"
-    settings |= {"use_peft": False} if is_full else {"quantization": "8bit"}
-    settings |= {"full": {"freeze_layers": True}, "bf16": {"pure_bf16": True}}.get(kind, {})
+    settings |= {"full": {"freeze_layers": True}, "bf16": {"pure_bf16": True}}[kind]
     # In bf16 each process rounds its own shard at random: six steps of two runs, each with a standard deviation of half
     # of bf16's spacing at most, which is 2^-7 above 1. (Five of the sum's are allowed.)
     precision, difference = (2**-9, 5 * 12**0.5 * 2**-8) if kind == "bf16" else (1e-5, 2e-4)
-    trainer = make_trainer(tiny_model, tmp_path / "one", data_file, **settings)
+    trainer = make_trainer(tiny_model, tmp_path / "one", data_file, use_peft=False, **settings)
     losses = train(trainer)
     assert losses[-1] < losses[0]
     assert [loss for _step, loss in losses_of(output)] == pytest.approx(losses, rel=precision)
     assert held_out_losses_of(output)[-1][1] == pytest.approx(trainer.last_eval_loss, rel=precision)
 
-    # What was saved is whole, under transformers' and PEFT's own names.
-    saved = load_file(output / ("model.safetensors" if is_full else "adapter_model.safetensors"))
-    expected = dict(trainer.model.named_parameters()) if is_full else trainer.parameters
-    expected = {name.replace(".default.", "."): parameter for name, parameter in expected.items()}
+    # What was saved is whole, under transformers' own names.
+    saved, expected = load_file(output / "model.safetensors"), dict(trainer.model.named_parameters())
     assert saved.keys() == expected.keys()
     for name, parameter in expected.items():
         torch.testing.assert_close(saved[name], parameter.detach().float(), rtol=0, atol=difference)

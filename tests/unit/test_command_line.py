@@ -12,7 +12,8 @@ LLAMA_RECIPES_FLAGS = (
     "use_fp16 mixed_precision val_batch_size dataset micro_batch_size peft_method use_peft output_dir freeze_layers "
     "num_freeze_layers quantization one_gpu save_model dist_checkpoint_root_folder dist_checkpoint_folder "
     "save_optimizer model_name lora_config.r lora_config.lora_alpha lora_config.target_modules "
-    "lora_config.lora_dropout alpaca_dataset.data_path"
+    "lora_config.lora_dropout alpaca_dataset.data_path fsdp_config.sharding_strategy fsdp_config.sharding_group_size "
+    "fsdp_config.fsdp_activation_checkpointing fsdp_config.fsdp_cpu_offload"
 ).split()
 
 
@@ -214,6 +215,12 @@ def test_other_values_out_of_range_are_named():
         ("--use_peft --freeze_layers", ["--freeze_layers", "frozen already"]),
         ("--use_fp16 --mixed_precision False", ["--use_fp16", "--mixed_precision False"]),
         ("--use_peft --peft_method prefix --enable_fsdp", ["--enable_fsdp", "--peft_method lora"]),
+        ("--enable_fsdp --fsdp_config.sharding_strategy NO_SHARD", ["NO_SHARD", "FULL_SHARD", "HYBRID_SHARD"]),
+        ("--enable_fsdp --fsdp_config.sharding_group_size 2", ["sharding_group_size", "HYBRID_SHARD"]),
+        (
+            "--enable_fsdp --fsdp_config.sharding_strategy HYBRID_SHARD --fsdp_config.sharding_group_size -2",
+            ["at least 0"],
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_with_the_way_out(argv, words):
