@@ -12,6 +12,11 @@ See what the model will see:
     python llama_finetuning.py --preview 3
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
+
 import json
 import os
 from pathlib import Path
@@ -66,7 +71,7 @@ def fine_tune(
     from utils.memory import limit_memory
     from utils.metrics import Metrics, draw_losses
     from utils.precision import choose_precision
-    from utils.run_folder import find_start, hold_folder, run_identity
+    from utils.run_folder import find_start, hold_folder, repeated_steps, run_identity
     from utils.saving import describe_run, save_result, write_training_config
     from utils.sharding import whole_state
     from utils.training import Trainer
@@ -99,6 +104,7 @@ def fine_tune(
     report.before_first_step(trainer, data, say)
     description = describe_run(config, tokenizer, template, fingerprints["base_model"])
     if world.is_main:
+        description["repeated_steps"] = repeated_steps(output, trainer.done)
         write_training_config(output, description)
     metrics = Metrics(output, world.is_main, trainer.done)
     trainer.run(metrics)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from configs.messages import _
 from ft_datasets.alpaca_dataset import describe_lengths
 from utils import saving
+from utils.adapters import read_training_config
 from utils.checkpoint import run_tensors, size_of
 from utils.distributed import World
 from utils.llama import causal_lm
@@ -150,6 +151,16 @@ def after_last_step(trainer: "Trainer", output: Path, say: Say) -> None:
             else _(", held-out loss {loss}", loss=f"{trainer.last_eval_loss:.3f}"),
         )
     )
+    repeated = (read_training_config(output) or {}).get("repeated_steps", [])
+    if repeated:
+        say(
+            _(
+                "Interruptions: {count}; steps that had to be done again: {repeated} of {steps}",
+                count=len(repeated),
+                repeated=sum(repeated),
+                steps=trainer.done,
+            )
+        )
     say(
         _(
             "In {folder}: {files}",

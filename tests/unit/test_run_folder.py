@@ -1,11 +1,10 @@
 """Where a run begins, by what lies in its folder."""
 
-import json
-
 import pytest
 
 from configs.errors import UserError
 from configs.training import TrainingConfig
+from utils.checkpoint import write_mark
 from utils.packing import Schedule
 from utils.run_folder import find_start, run_identity
 
@@ -26,7 +25,7 @@ def leave_checkpoint(config: TrainingConfig, world_size: int, global_batch_size:
     }
     folder = config.checkpoints_dir / f"step-{step}"
     folder.mkdir(parents=True)
-    (folder / "complete.json").write_text(json.dumps({"state": state, "sha256": {}}))
+    write_mark(folder, state, {})
 
 
 def settings(tmp_path, **more) -> TrainingConfig:
