@@ -1,5 +1,6 @@
 """A tokenizer and small models, made once for all tests, so that nothing is downloaded."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -26,6 +27,8 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONUNBUFFERED": "1",
 }
+STEPS = 24
+"""Steps of the runs that `readme_flags` starts."""
 TEXTS = [
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
     "### Instruction:\n你好，请介绍一下你自己。\n\n### Input:\n今天天气很好\n\n### Response:\n",
@@ -164,6 +167,54 @@ def free_port() -> int:
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
+
+
+def readme_flags(model: Path, data: Path, output: Path, batch_size: int = 20) -> list[str]:
+    """The README's command over another model and another file, STEPS steps with a checkpoint now and then."""
+    return [
+        *"--use_peft --peft_method lora --use_fp16 --dataset alpaca_dataset --quantization".split(),
+        *["--model_name", str(model), "--output_dir", str(output), "--alpaca_dataset.data_path", str(data)],
+        *["--batch_size_training", str(batch_size), "--num_epochs", "8", "--lr", "2e-3", "--save_steps", "5"],
+    ]
+
+
+def metrics_of(output: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    path = output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses_of(output: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every step, in the order of the file."""
+    return [(line["step"], line["train_loss"]) for line in metrics_of(output) if "train_loss" in line]
+
+
+def held_out_losses_of(output: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every evaluation."""
+    return [(line["step"], line["eval_loss"]) for line in metrics_of(output) if "eval_loss" in line]
+
+
+def adapter_hash(output: Path) -> str:
+    """SHA-256 of the adapter that a run handed over."""
+    return hashlib.sha256((output / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_model, data_file, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The README's command, run to its end without a disturbance."""
+    output = tmp_path_factory.mktemp("finished") / "model"
+    result = torchrun(1, *readme_flags(tiny_model, data_file, output))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return output, result
+
+
+@pytest.fixture(scope="session")
+def finished_by_two(tiny_model, data_file, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """As `finished`, by two processes."""
+    output = tmp_path_factory.mktemp("finished") / "model"
+    result = torchrun(2, *readme_flags(tiny_model, data_file, output, batch_size=10))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return output, result
 
 
 def make_trainer(model_folder: Path, output: Path, data: Path | None = None, checkpoint=None, **settings):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from configs.errors import UserError
@@ -200,7 +201,7 @@ def load_tensors(checkpoint: Checkpoint, tensors: dict[str, dict[str, Any]], wor
     """
     try:
         dcp.load(tensors, checkpoint_id=checkpoint.path, no_dist=world.size == 1)
-    except Exception as failure:  # dcp has no common type for a missing key or another shape
+    except (Exception, CheckpointException) as failure:  # dcp has no common type for a missing key or another shape
         raise UserError(
             _(
                 "The checkpoint {path} belongs to another model or adapter: {error}",
@@ -222,10 +223,10 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def _failure_of(action: Callable[[], None]) -> str:
-    """Do something; '' or, in one line, why it failed. (dcp wraps what went wrong in types of its own.)"""
+    """Do something; '' or, in one line, why it failed."""
     try:
         action()
-    except Exception as failure:
+    except (Exception, CheckpointException) as failure:  # dcp's own is no Exception
         return _root_cause(failure)
     return ""
 
@@ -281,6 +282,7 @@ def _root_cause(failure: BaseException) -> str:
     nested = getattr(failure, "failures", None)  # dcp's CheckpointException: rank -> (exception, traceback)
     if nested:
         failure = next(iter(nested.values()))[0]
-    while failure.__cause__ is not None:
-        failure = failure.__cause__
+    # torch.save tells of a wrong position in a file that could not be written; the reason stands behind it.
+    while cause := failure.__cause__ or failure.__context__:
+        failure = cause
     return str(failure).strip().split("\n")[0] or type(failure).__name__
