@@ -17,6 +17,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -106,9 +107,8 @@ def fine_tune(
     if world.is_main:
         description["repeated_steps"] = repeated_steps(output, trainer.done)
         write_training_config(output, description)
-    metrics = Metrics(output, world.is_main, trainer.done)
-    trainer.run(metrics)
-    metrics.close()
+    with contextlib.closing(Metrics(output, world.is_main, trainer.done)) as metrics:
+        trainer.run(metrics)
 
     state = whole_state(trainer.parameters if config.use_peft else dict(model.named_parameters()), world.is_main)
     if world.is_main:

@@ -1,5 +1,6 @@
 """A tokenizer and small models, made once for all tests, so that nothing is downloaded."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -267,9 +268,8 @@ def train(trainer) -> list[float]:
     from utils.metrics import Metrics, read_metrics
 
     output = Path(trainer.config.output_dir)
-    metrics = Metrics(output, True, trainer.done)
-    trainer.run(metrics)
-    metrics.close()
+    with contextlib.closing(Metrics(output, True, trainer.done)) as metrics:
+        trainer.run(metrics)
     return [line["train_loss"] for line in read_metrics(output) if "train_loss" in line]
 
 
