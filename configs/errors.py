@@ -36,6 +36,9 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     except UserError as error:
         _leave(str(error), 2)
     except Interrupted as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(1)  # all workers stop together, and rank 0 says so
+            sys.exit(128 + error.signum)
         _leave(str(error), 128 + error.signum)
     except KeyboardInterrupt:
         _leave(_("Stopped."), 128 + signal.SIGINT)
