@@ -1,7 +1,7 @@
 """What saving costs a run: the stages of one checkpoint, and how long training stands still for it.
 
-    python benchmarks/checkpoint.py                       # in output/; prints a table in Markdown
-    python benchmarks/checkpoint.py --folder /mnt/disk    # on another disk
+    python -m benchmarks.checkpoint                       # in output/; prints tables in Markdown
+    python -m benchmarks.checkpoint --folder /mnt/disk    # on another disk
 
 The checkpoint is that of LoRA r=8 on all linear layers of Llama 2 7B: 20 million parameters with AdamW's two moments,
 240 MB. On a GPU the tensors lie there, as in a run.
