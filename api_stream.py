@@ -6,6 +6,11 @@
 Repeat the curl until `response` ends in [stop]. The answer's keys: response, history, status, time, session_id.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
+
 from configs.command_line import parse
 from configs.errors import run_main
 from configs.inference import ApiConfig

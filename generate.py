@@ -9,6 +9,11 @@ In the conversation: /new forgets it, /undo takes the last turn back, /params sh
 ends it. Ctrl-C ends an answer, not the program.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
+
 import sys
 
 from configs.command_line import parse

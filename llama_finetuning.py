@@ -12,7 +12,13 @@ See what the model will see:
     python llama_finetuning.py --preview 3
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
+
 import collections
+import contextlib
 import json
 import os
 from dataclasses import replace
@@ -72,7 +78,7 @@ def fine_tune(
     from utils.optimization import check_optimizer
     from utils.plan import check_memory
     from utils.precision import choose_precision
-    from utils.run_folder import find_start, hold_folder
+    from utils.run_folder import find_start, hold_folder, repeated_steps
     from utils.saving import describe_run, save_result, write_training_config
     from utils.sharding import sharding_group_size, whole_tensors
     from utils.trainable import load_trainable
@@ -116,11 +122,11 @@ def fine_tune(
     report.before_first_step(trainer, data, say)
     description = describe_run(config, tokenizer, template, fingerprints["base_model"])
     if world.is_main:
+        description["repeated_steps"] = repeated_steps(output, trainer.done)
         write_training_config(output, description)
-    metrics = Metrics(output, world.is_main, trainer.done)
     forget_peak(world)
-    trainer.run(metrics)
-    metrics.close()
+    with contextlib.closing(Metrics(output, world.is_main, trainer.done)) as metrics:
+        trainer.run(metrics)
 
     description["trained_steps"] = trainer.done
     tensors = whole_tensors(trainer.parameters if config.use_peft else dict(trainer.model.named_parameters()))

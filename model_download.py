@@ -10,6 +10,10 @@ what); 3 the network failed for longer than --give_up_after: run the same comman
 """
 
 import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
+
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -5,11 +5,15 @@ API, merges it, and proves that the fine-tuning did it: some questions are kept 
 can't answer them, and the tuned model must. Anything else ends it with an error.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
+
 import json
 import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +22,7 @@ import urllib.request
 from pathlib import Path
 from typing import NoReturn
 
+from configs.errors import run_main
 from configs.messages import _
 from ft_datasets.prompt import PromptTemplate
 
@@ -37,7 +42,7 @@ TUNING = (
 )
 
 
-def main() -> None:
+def main(_argv: list[str]) -> None:
     """Make the base, fine-tune, ask, stream, merge, compare, report."""
     os.chdir(ROOT)
     started = time.monotonic()
@@ -302,4 +307,4 @@ def commands(repo_id: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -29,18 +29,25 @@ class Interrupted(Exception):
 
 def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     """Call `main` with the command line's arguments and leave with the exit status that its end deserves."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
         _leave(str(error), 2)
     except Interrupted as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(1)  # all workers stop together, and rank 0 says so
+            sys.exit(128 + error.signum)
         _leave(str(error), 128 + error.signum)
     except KeyboardInterrupt:
         _leave(_("Stopped."), 128 + signal.SIGINT)
     except BrokenPipeError:  # `generate.py --prompt … | head` closes our standard output: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except PermissionError as error:
+        where = error.filename or error
+        _leave(_("Permission denied: {file}. Change its permissions (chmod), or give another one.", file=where), 2)
     except Exception as error:
         if not _is_full_disk(error):
             raise
@@ -61,6 +68,7 @@ def _leave(message: str, status: int) -> NoReturn:
     if rank != 0:
         time.sleep(5)
         message = _("[process {rank}] {message}", rank=rank, message=message)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from an impatient second Ctrl-C too, no traceback
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)

@@ -1,5 +1,6 @@
 """A conversation in the terminal."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterator
@@ -63,7 +64,8 @@ class Chat:
             elif re.match(r"/\w*$", command) and not line.startswith(" "):
                 print(_("There is no command {command}; /help lists those that there are.", command=command))
             elif line.strip():
-                self._answer(line)
+                with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C, or one before the first token
+                    self._answer(line)
 
     def _answer(self, question: str) -> None:
         turns = self.engine.recent_turns(question, self.history, self.sampling.max_new_tokens)
@@ -82,9 +84,9 @@ class Chat:
             return
         except KeyboardInterrupt:
             statistics.finish_reason = "cancelled"
+        self.history.append((question, answer))
         print(flush=True)
         _print_speed(statistics)
-        self.history.append((question, answer))
 
     def _params(self, argument: str) -> None:
         """`/params` shows the sampling settings, `/params top_p` one of them; `/params top_p 0.8` changes it."""

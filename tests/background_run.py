@@ -43,6 +43,10 @@ class BackgroundRun:
             found += [child for child, parent in parents.items() if parent == pid]
         return found
 
+    def workers(self) -> list[int]:
+        """torchrun's own children, in the order of ranks."""
+        return self.tree()[1:]
+
     def send(self, signum: int) -> list[int]:
         """Send a signal to every process of the run."""
         pids = self.tree()

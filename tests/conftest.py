@@ -1,5 +1,7 @@
 """A tokenizer and small models, made once for all tests, so that nothing is downloaded."""
 
+import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -26,6 +28,8 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONUNBUFFERED": "1",
 }
+STEPS = 24
+"""Steps of the runs that `readme_flags` starts."""
 TEXTS = [
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
     "### Instruction:\n你好，请介绍一下你自己。\n\n### Input:\n今天天气很好\n\n### Response:\n",
@@ -166,6 +170,25 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.fixture
+def background(tmp_path):
+    """Starts runs in the background, and leaves none behind."""
+    from background_run import BackgroundRun
+
+    runs: list[BackgroundRun] = []
+
+    def start(
+        flags: list[str], processes: int = 1, launcher: list[str] | None = None, cwd: Path = ROOT
+    ) -> BackgroundRun:
+        alone = ["--nnodes", "1", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
+        runs.append(BackgroundRun(flags, tmp_path / f"run-{len(runs)}.log", launcher or alone, cwd))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
+
+
 def made_up_examples() -> list:
     """Eight examples of different lengths, of random tokens."""
     import numpy as np
@@ -178,6 +201,54 @@ def made_up_examples() -> list:
         ids = [1, *chooser.integers(260, 600, length - 2), 2]
         made_up.append(Example(number, "", np.array(ids, dtype=np.int32), prompt_length=length // 3))
     return made_up
+
+
+def readme_flags(model: Path, data: Path, output: Path, batch_size: int = 20) -> list[str]:
+    """The README's command over another model and another file, STEPS steps with a checkpoint now and then."""
+    return [
+        *"--use_peft --peft_method lora --use_fp16 --dataset alpaca_dataset --quantization".split(),
+        *["--model_name", str(model), "--output_dir", str(output), "--alpaca_dataset.data_path", str(data)],
+        *["--batch_size_training", str(batch_size), "--num_epochs", "8", "--lr", "2e-3", "--save_steps", "5"],
+    ]
+
+
+def metrics_of(output: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    path = output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses_of(output: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every step, in the order of the file."""
+    return [(line["step"], line["train_loss"]) for line in metrics_of(output) if "train_loss" in line]
+
+
+def held_out_losses_of(output: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every evaluation."""
+    return [(line["step"], line["eval_loss"]) for line in metrics_of(output) if "eval_loss" in line]
+
+
+def adapter_hash(output: Path) -> str:
+    """SHA-256 of the adapter that a run handed over."""
+    return hashlib.sha256((output / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_model, data_file, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """The README's command, run to its end without a disturbance."""
+    output = tmp_path_factory.mktemp("finished") / "model"
+    result = torchrun(1, *readme_flags(tiny_model, data_file, output))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return output, result
+
+
+@pytest.fixture(scope="session")
+def finished_by_two(tiny_model, data_file, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """As `finished`, by two processes."""
+    output = tmp_path_factory.mktemp("finished") / "model"
+    result = torchrun(2, *readme_flags(tiny_model, data_file, output, batch_size=10))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return output, result
 
 
 def make_trainer(model_folder: Path, output: Path, data: Path | None = None, checkpoint=None, **settings):
@@ -221,9 +292,8 @@ def train(trainer) -> list[float]:
     from utils.metrics import Metrics, read_metrics
 
     output = Path(trainer.config.output_dir)
-    metrics = Metrics(output, True, trainer.done)
-    trainer.run(metrics)
-    metrics.close()
+    with contextlib.closing(Metrics(output, True, trainer.done)) as metrics:
+        trainer.run(metrics)
     return [line["train_loss"] for line in read_metrics(output) if "train_loss" in line]
 
 

@@ -4,9 +4,9 @@
     python tests/soak_resume.py --kills 6 --seed 7
 
 Every case is a torchrun of llama_finetuning.py on a small random model: LoRA, int8 LoRA or full fine-tuning, one or two
-processes. `kill -9` hits torchrun with its workers, or one worker alone, at a random moment; the same command then goes
-on. Exact = every step's loss in metrics.jsonl and the hash of the final weights equal the unkilled run's. The table it
-prints goes into docs/reliability.md.
+processes, whole or sharded. `kill -9` hits torchrun with its workers, or one worker alone, at a random moment; the same
+command then goes on. Exact = every step's loss in metrics.jsonl and the hash of the final weights equal the unkilled
+run's. The table it prints goes into docs/reliability.md.
 """
 
 import argparse
@@ -33,6 +33,8 @@ METHODS = {
     "int8 LoRA": ["--use_peft", "--quantization"],
     "full": [],
 }
+METHODS |= {f"{method}, FSDP": [*METHODS[method], "--enable_fsdp"] for method in ("LoRA", "full")}
+CASES = [(method, processes) for method in METHODS for processes in (1, 2) if processes == 2 or "FSDP" not in method]
 
 
 @dataclasses.dataclass
@@ -56,11 +58,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         model, data = make_model(work / "model"), make_data(work / "data.json")
-        cases = [(method, processes) for method in METHODS for processes in (1, 2)]
-        references = {case: reference(work, model, data, *case) for case in cases}
-        tallies = {case: Tally() for case in cases}
+        references = {case: reference(work, model, data, *case) for case in CASES}
+        tallies = {case: Tally() for case in CASES}
         while sum(tally.kills for tally in tallies.values()) < arguments.kills:
-            case = cases[sum(tally.runs for tally in tallies.values()) % len(cases)]
+            case = CASES[sum(tally.runs for tally in tallies.values()) % len(CASES)]
             one_run(work, model, data, case, references[case], tallies[case], chance)
             print_table(tallies, file=sys.stderr)
     print_table(tallies)

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,19 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from configs.errors import UserError
 from configs.messages import _
-from utils.distributed import World, barrier, from_main, same_on_all
+from utils.distributed import World, same_on_all
 from utils.optimization import create_state
 
 COMPLETE = "complete.json"
 UNFINISHED = ".unfinished"
+
+COPIED_AT_MOST = 2 * 2**30
+"""Bytes of a checkpoint that is copied, so that a thread can write it; a larger one could fill the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,71 @@ def run_tensors(
     return tensors | {f"optimizer.{name}": optimizer.state[parameter] for name, parameter in parameters.items()}
 
 
+class Saver:
+    """Writes a run's checkpoints; in a thread, while training goes on, where no other process is needed for it.
+
+    Args:
+        folder: where the folders step-N go.
+        world: the run's processes, all of which call `save` and `wait`.
+        keep: how many checkpoints stay.
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int) -> None:
+        self.folder, self.world, self.keep = folder, world, keep
+        self.error = ""
+        self.thread: threading.Thread | None = None
+
+    def save(self, state: dict[str, Any], tensors: dict[str, dict[str, Any]], report: Callable[[str], None]) -> None:
+        """Write `folder/step-N`, N being state["step"], once the checkpoint before is written.
+
+        Args:
+            report: is told, on rank 0, why the checkpoint could not be written.
+        """
+        self.wait()
+        if any(isinstance(tensor, DTensor) for group in tensors.values() for tensor in group.values()):
+            # Every process writes its part, and collectives from a thread would meet those of training.
+            self._write(state, tensors, report, together=True)
+        elif self.world.is_main and size_of(tensors) > COPIED_AT_MOST:
+            self._write(state, tensors, report)
+        elif self.world.is_main:
+            copies = {
+                group: {name: _copy_on_host(value) for name, value in members.items()}
+                for group, members in tensors.items()
+            }
+            self.thread = threading.Thread(target=self._write, args=(state, copies, report), name="checkpoint")
+            self.thread.start()
+
+    def wait(self) -> str:
+        """Wait until nothing is being written; '' or, on rank 0, why the last checkpoint could not be written."""
+        if self.thread:
+            self.thread.join()
+        return self.error
+
+    def _write(
+        self,
+        state: dict[str, Any],
+        tensors: dict[str, dict[str, Any]],
+        report: Callable[[str], None],
+        together: bool = False,
+    ) -> None:
+        self.error = save_checkpoint(self.folder, state, tensors, self.keep, self.world.is_main, together)
+        if self.error:
+            report(self.error)
+
+
 def save_checkpoint(
-    folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Any]], world: World, keep: int
+    folder: Path,
+    state: dict[str, Any],
+    tensors: dict[str, dict[str, Any]],
+    keep: int,
+    is_main: bool = True,
+    together: bool = False,
 ) -> str:
     """Write `folder/step-N`, N being state["step"], and remove all but the newest `keep`.
+
+    Args:
+        is_main: whether this process makes and renames folders.
+        together: whether all processes call this, each with its shards; otherwise one does, with whole tensors.
 
     Returns:
         '' or, where it could not be written, why; earlier checkpoints are untouched then.
@@ -64,36 +131,20 @@ def save_checkpoint(
     final = folder / f"step-{state['step']}"
     staging = final.with_name(final.name + UNFINISHED)
     error = ""
-    if world.is_main:
-        try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        except OSError as failure:
-            error = str(failure)
-    if error := str(from_main(error)):
-        return error
-    try:
-        with warnings.catch_warnings():  # a single process has no process group, which torch finds worth a warning
-            warnings.simplefilter("ignore")
-            dcp.save(tensors, checkpoint_id=staging, no_dist=world.size == 1)
-    except Exception as failure:  # dcp wraps what went wrong on any rank in a type of its own
-        error = _root_cause(failure)
-    if not any(same_on_all(error)) and world.is_main:
-        try:
-            _seal(staging, state)
-            shutil.rmtree(final, ignore_errors=True)
-            staging.rename(final)
-            _flush(folder)
-        except OSError as failure:
-            error = str(failure)
-    error = next(filter(None, same_on_all(error)), "")
-    if world.is_main:
+    for has_part, action in (
+        (is_main, lambda: _make_staging(staging)),
+        (True, lambda: dcp.save(tensors, checkpoint_id=staging, no_dist=not together)),
+        (is_main, lambda: _seal(staging, final, state)),
+    ):
+        if has_part:
+            error = _failure_of(action)
+        if together:
+            error = next(filter(None, same_on_all(error)), "")
         if error:
-            shutil.rmtree(staging, ignore_errors=True)
-        else:
-            for old in numbered(folder)[keep:]:
-                shutil.rmtree(old, ignore_errors=True)
-    barrier()
+            break
+    if is_main:
+        for old in [staging] if error else numbered(folder)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
     return error
 
 
@@ -118,15 +169,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         complete = json.loads(mark.read_text(encoding="utf-8"))
         hashes, state = complete["sha256"], complete["state"]
-    except (OSError, ValueError, KeyError):
+        if complete["sha256_of_this"] != _sha256_of(state, hashes):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             _("{path} is not a whole checkpoint: {file} is missing or broken.", path=path, file=COMPLETE)
         ) from None
     for name, digest in hashes.items():
         file = path / name
-        if not file.is_file():
-            raise UserError(_("The checkpoint {path} is not whole: {file} is missing.", path=path, file=name))
-        if _sha256(file) != digest:
+        try:
+            is_right = _sha256(file) == digest
+        except FileNotFoundError:
+            raise UserError(_("The checkpoint {path} is not whole: {file} is missing.", path=path, file=name)) from None
+        except OSError as error:
+            why = error.strerror
+            raise UserError(
+                _("The checkpoint {path} is damaged: {file} can't be read ({error}).", path=path, file=name, error=why)
+            ) from error
+        if not is_right:
             raise UserError(_("The checkpoint {path} is damaged: {file} has changed.", path=path, file=name))
     return Checkpoint(path, state)
 
@@ -138,10 +198,8 @@ def load_tensors(checkpoint: Checkpoint, tensors: dict[str, dict[str, Any]], wor
         UserError: the checkpoint holds other tensors than the run has.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(tensors, checkpoint_id=checkpoint.path, no_dist=world.size == 1)
-    except Exception as failure:  # dcp has no common type for a missing key or another shape
+        dcp.load(tensors, checkpoint_id=checkpoint.path, no_dist=world.size == 1)
+    except (Exception, CheckpointException) as failure:  # dcp has no common type for a missing key or another shape
         raise UserError(
             _(
                 "The checkpoint {path} belongs to another model or adapter: {error}",
@@ -162,15 +220,49 @@ def numbered(folder: Path) -> list[Path]:
     return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _seal(folder: Path, state: dict[str, Any]) -> None:
+def _copy_on_host(value: Any) -> Any:
+    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value  # bitsandbytes counts in an int
+
+
+def _failure_of(action: Callable[[], None]) -> str:
+    """Do something; '' or, in one line, why it failed."""
+    try:
+        action()
+    except (Exception, CheckpointException) as failure:  # dcp's own is no Exception
+        return _root_cause(failure)
+    return ""
+
+
+def _make_staging(staging: Path) -> None:
+    """An empty folder to write into; what a kill has left of others goes."""
+    for left in staging.parent.glob("step-*" + UNFINISHED):
+        shutil.rmtree(left)
+    staging.mkdir(parents=True)
+
+
+def _seal(staging: Path, final: Path, state: dict[str, Any]) -> None:
+    """Flush and hash what was written, add the completion mark, and give it its name."""
     hashes = {}
-    for file in sorted(folder.iterdir()):
+    for file in sorted(staging.iterdir()):
         _flush(file)
         hashes[file.name] = _sha256(file)
+    write_mark(staging, state, hashes)
+    _flush(staging)
+    shutil.rmtree(final, ignore_errors=True)
+    staging.rename(final)
+    _flush(final.parent)
+
+
+def write_mark(folder: Path, state: dict[str, Any], hashes: dict[str, str]) -> None:
+    """Declare a checkpoint whole: its state, the SHA-256 of each of its files by name, and one of these two."""
     mark = folder / COMPLETE
-    mark.write_text(json.dumps({"state": state, "sha256": hashes}, indent=1) + "\n", encoding="utf-8")
+    content = {"state": state, "sha256": hashes, "sha256_of_this": _sha256_of(state, hashes)}
+    mark.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _flush(mark)
-    _flush(folder)
+
+
+def _sha256_of(state: dict[str, Any], hashes: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps([state, hashes], sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:
@@ -192,6 +284,7 @@ def _root_cause(failure: BaseException) -> str:
     nested = getattr(failure, "failures", None)  # dcp's CheckpointException: rank -> (exception, traceback)
     if nested:
         failure = next(iter(nested.values()))[0]
-    while failure.__cause__ is not None:
-        failure = failure.__cause__
+    # torch.save tells of a wrong position in a file that could not be written; the reason stands behind it.
+    while cause := failure.__cause__ or failure.__context__:
+        failure = cause
     return str(failure).strip().split("\n")[0] or type(failure).__name__

@@ -13,6 +13,7 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import describe_lengths
 from utils import saving
+from utils.adapters import read_training_config
 from utils.checkpoint import run_tensors, size_of
 from utils.distributed import World
 from utils.estimate import Shape, estimate, estimate_of_run
@@ -203,6 +204,16 @@ def after_last_step(trainer: "Trainer", output: Path, say: Say) -> None:
     )
     if trainer.world.device.type == "cuda":
         say(memory_line(trainer))
+    repeated = (read_training_config(output) or {}).get("repeated_steps", [])
+    if repeated:
+        say(
+            _(
+                "Interruptions: {count}; steps that had to be done again: {repeated} of {steps}",
+                count=len(repeated),
+                repeated=sum(repeated),
+                steps=trainer.done,
+            )
+        )
     say(
         _(
             "In {folder}: {files}",

@@ -14,6 +14,7 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from utils.adapters import read_training_config
 from utils.checkpoint import Checkpoint, newest_whole, numbered, read_checkpoint
+from utils.metrics import read_metrics
 from utils.packing import Schedule
 
 LOCK = ".lock"
@@ -143,8 +144,7 @@ def find_start(config: TrainingConfig, world_size: int, examples: int, fingerpri
     finished = False
     if checkpoint:
         notes += _check_same_run(checkpoint, identity, schedule, config.accept_changes)
-        if config.resume != "auto":
-            notes += _set_newer_aside(config.checkpoints_dir, checkpoint)
+        notes += _set_newer_aside(config.checkpoints_dir, checkpoint)
         described = read_training_config(Path(config.output_dir)) or {}
         finished = checkpoint.step >= schedule.total_steps and described.get("trained_steps") == checkpoint.step
     return Start(schedule, identity, checkpoint, finished, notes)
@@ -158,6 +158,22 @@ def run_identity(config: TrainingConfig, schedule: Schedule, fingerprints: dict[
             identity[name] = value
     del identity["alpaca_dataset.data_path"]  # the data counts by its fingerprint
     return identity
+
+
+def repeated_steps(folder: Path, done: int) -> list[int]:
+    """How many steps a run does again after each of its interruptions, one number for each; the last one is just over.
+
+    Args:
+        folder: its output folder, as the interruption left it.
+        done: steps that the run goes on from.
+    """
+    before = read_training_config(folder)
+    if before is None:
+        return []
+    earlier = before.get("repeated_steps", [])
+    if "trained_steps" in before:  # it had come to its end, and is only made longer
+        return earlier
+    return [*earlier, sum("train_loss" in line and line["step"] > done for line in read_metrics(folder))]
 
 
 def _find_checkpoint(config: TrainingConfig) -> tuple[Checkpoint | None, list[str]]:
@@ -199,7 +215,11 @@ def _move_aside(folder: Path, checkpoints: Path) -> None:
 
 
 def _set_newer_aside(checkpoints: Path, chosen: Checkpoint) -> list[str]:
-    """A run that goes on from an older checkpoint must not meet the newer ones again; returns what to tell."""
+    """A run that goes on from an older checkpoint must not meet the newer ones (damaged, or not chosen) again.
+
+    Returns:
+        What to tell.
+    """
     newer = {path for path in numbered(checkpoints) if int(path.name.removeprefix("step-")) > chosen.step}
     _set_aside(checkpoints, newer)
     names = ", ".join(sorted(path.name for path in newer))

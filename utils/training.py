@@ -22,7 +22,7 @@ from utils.adapters import learnt_prefix, trainable_parameters
 from utils.checkpoint import Checkpoint
 from utils.compiling import compile_layers, should_compile
 from utils.data import Data
-from utils.distributed import World, sum_across, sum_gradients
+from utils.distributed import World, barrier, sum_across, sum_gradients
 from utils.fused_layers import FusedLayers
 from utils.llama import causal_lm, forward_hidden
 from utils.loss import ChunkLoss, chunk_loss, labelled_cross_entropy
@@ -123,6 +123,7 @@ class Trainer:
         self.watch = LossWatch()
         self.last_eval_loss: float | None = None
         self.last_saved = time.monotonic()
+        self.saver = checkpoints.Saver(config.checkpoints_dir, world, config.keep_checkpoints)
         self.interrupted_by, self.interrupted_at = 0, 0.0
         self.loss_module.train()
         if start.checkpoint:
@@ -228,6 +229,7 @@ class Trainer:
                 while self.done < self.schedule.total_steps:
                     self._one_step(metrics, progress)
             finally:
+                self.saver.wait()
                 progress.close()
 
     def _one_step(self, metrics: Metrics, progress: Progress) -> None:
@@ -267,9 +269,15 @@ class Trainer:
         if is_last or interrupt or self._is_time_to_save():
             self._save(metrics, progress)
         if interrupt and not is_last:
+            failed = self.saver.wait()
+            barrier()  # a process that left would make torchrun end the one that still writes
             raise Interrupted(
                 interrupt,
-                _("Stopped at step {step}; everything is saved. The same command goes on from there.", step=self.done)
+                _("Stopped at step {step}. --resume auto goes on from the last whole checkpoint.", step=self.done)
+                if failed
+                else _(
+                    "Stopped at step {step}; everything is saved. The same command goes on from there.", step=self.done
+                )
                 if self.config.resume == "auto"
                 else _(
                     "Stopped at step {step}; everything is saved. Go on from there with --resume auto.", step=self.done
@@ -358,10 +366,10 @@ class Trainer:
         if self.loss_scale.is_used and np.isfinite(result.loss):
             progress.say(_("step {step}: fp16 overflow, step left out, smaller loss scale from now on", step=self.done))
         else:
-            numbers = ", ".join(str(example.number) for example in result.examples[:20])
+            numbers = ", ".join(str(example.number) for example in result.examples)
             progress.say(
                 _(
-                    "step {step}: the loss is not finite, step left out (records {numbers})",
+                    "step {step}: the loss or its gradient is not finite, step left out (records {numbers})",
                     step=self.done,
                     numbers=numbers,
                 )
@@ -401,20 +409,21 @@ class Trainer:
         }
         optimizer = self.optimizer if self.config.save_optimizer else None
         tensors = checkpoints.run_tensors(self.parameters, optimizer)
-        error = checkpoints.save_checkpoint(
-            self.config.checkpoints_dir, state, tensors, self.world, self.config.keep_checkpoints
-        )
-        self.last_saved = time.monotonic()
-        if error:
-            progress.say(
+        step, folder = self.done, self.config.checkpoints_dir
+        self.saver.save(
+            state,
+            tensors,
+            report=lambda error: progress.say(
                 _(
                     "The checkpoint of step {step} could not be written ({error}). The run goes on; earlier "
                     "checkpoints are whole. Make room on the disk of {folder}.",
-                    step=self.done,
+                    step=step,
                     error=error,
-                    folder=self.config.checkpoints_dir,
+                    folder=folder,
                 )
-            )
+            ),
+        )
+        self.last_saved = time.monotonic()
 
     @contextlib.contextmanager
     def _signals_noted(self) -> Any:

@@ -7,6 +7,11 @@ Works tensor by tensor: memory holds one shard of the merged model at a time, wh
 needed. The sum W + scale * B A is formed in fp32 and rounded once.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
+
 import sys
 from pathlib import Path
 

@@ -3,20 +3,23 @@
 Most cases call a script's main() in this process; a few go the whole way through a shell's eyes.
 """
 
+import errno
 import importlib.util
 import json
+import re
 import shutil
+import signal
 import socket
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_model, run_script, torchrun
+from conftest import ENVIRONMENT, ROOT, make_model, run_script, torchrun
 from safetensors.torch import load_file, save_file
 
 import api_stream
 import generate
 import llama_finetuning
-from configs.errors import UserError
+from configs.errors import UserError, run_main
 from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
@@ -297,6 +300,12 @@ def test_merging_an_adapter_that_adds_no_weights(tiny_model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_tells_what_the_disk_must_hold(tiny_model, data_file, tmp_path, capsys):
+    llama_finetuning.main([str(flag) for flag in train_on(tiny_model, data_file, tmp_path / "out", "--plan")])
+    assert re.search(r"disk +[\d.]+ GB of +[\d.]+ GB free", capsys.readouterr().out)
+    assert not (tmp_path / "out").exists()
+
+
 # Settings
 
 
@@ -354,6 +363,44 @@ def test_the_whole_way_through_the_heavy_scripts(tiny_model, adapter, other_mode
     assert_refused(done, "another base model", str(tiny_model))
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+SCRIPTS = "llama_finetuning.py generate.py api_stream.py model_download.py quickstart.py".split()
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, MERGE])
+def test_ctrl_c_amid_the_imports_ends_quietly(script, tmp_path):
+    """An import that every script makes early on presses Ctrl-C; a shell calls that end 130."""
+    (tmp_path / "gettext.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
+    )
+    done = run_script(script, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_amid_the_later_imports_ends_quietly(tiny_model, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n")
+    flags = ["--prompt", "a", "--base_model", tiny_model, "--lora_weights", ""]
+    done = run_script("generate.py", *flags, env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "Stopped.\n")
+
+
+def test_a_weight_file_that_may_not_be_read_is_named(tiny_model, tmp_path, monkeypatch, capsys):
+    """The superuser, as whom tests may run, reads everything: so the refusal is put into `open`."""
+    file = shutil.copytree(tiny_model, tmp_path / "model") / "model.safetensors"
+    original = Path.open
+
+    def refuse(path: Path, *arguments, **more):
+        if path == file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("sys.argv", ["generate.py", "--prompt", "a", "--base_model", str(file.parent)])
+    with pytest.raises(SystemExit) as left:
+        run_main(generate.main)
+    assert left.value.code == 2
+    assert f"Permission denied: {file}." in capsys.readouterr().err
 
 
 def test_torchrun_tells_it_once(tmp_path):

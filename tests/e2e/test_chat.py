@@ -18,6 +18,8 @@ from transformers import LlamaForCausalLM
 
 import generate
 from configs.errors import UserError
+from configs.inference import Sampling
+from inference.chat import Chat
 
 HEADER = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 TOKENS = 20
@@ -142,6 +144,29 @@ def test_a_pipe_that_ends_without_exit_and_bytes_that_are_no_text(model_folder, 
     monkeypatch.setattr(sys, "stdin", gbk)
     with pytest.raises(UserError, match="not UTF-8"):
         generate.main(arguments)
+
+
+def test_an_impatient_second_ctrl_c_ends_the_answer_and_not_the_conversation(monkeypatch, capsys):
+    class Engine:
+        def recent_turns(self, question, history, room):
+            return history
+
+        def encode_chat(self, question, turns):
+            return question
+
+        def stream(self, question, sampling, statistics):
+            yield f"to {question}"
+            raise KeyboardInterrupt
+
+    def press_again(_statistics):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("inference.chat._print_speed", press_again)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    chat = Chat(Engine(), Sampling())
+    chat.run()
+    assert chat.history == [("one", "to one"), ("two", "to two")]
+    assert capsys.readouterr().out == "to one\nto two\n"
 
 
 class Terminal:

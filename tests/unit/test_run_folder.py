@@ -6,8 +6,11 @@ import pytest
 
 from configs.errors import UserError
 from configs.training import TrainingConfig
+from utils.adapters import DESCRIBED
+from utils.checkpoint import write_mark
 from utils.packing import Schedule
-from utils.run_folder import find_start, run_identity
+from utils.run_folder import find_start, repeated_steps, run_identity
+from utils.saving import write_training_config
 
 FINGERPRINTS = {"data": "d", "base_model": "b", "tokenizer": "t", "prompt_template": "p"}
 
@@ -26,7 +29,7 @@ def leave_checkpoint(config: TrainingConfig, world_size: int, global_batch_size:
     }
     folder = config.checkpoints_dir / f"step-{step}"
     folder.mkdir(parents=True)
-    (folder / "complete.json").write_text(json.dumps({"state": state, "sha256": {}}))
+    write_mark(folder, state, {})
 
 
 def settings(tmp_path, **more) -> TrainingConfig:
@@ -96,3 +99,42 @@ def test_a_checkpoint_without_its_optimizer_is_refused_with_a_way_out(tmp_path):
 def test_a_mistyped_resume_is_named(tmp_path):
     with pytest.raises(UserError, match="--resume auto2: expected auto, none"):
         find_start(settings(tmp_path, resume="auto2"), 1, 100, FINGERPRINTS)
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_nothing_is_deleted(tmp_path):
+    """Otherwise it would count among --keep_checkpoints, and push out the whole ones of lower number."""
+    for step in (3, 5):
+        leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4, step=step)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    mark = checkpoints / "step-5" / "complete.json"
+    mark.write_text(damaged := mark.read_text()[:-9])
+    start = find_start(settings(tmp_path), 1, 100, FINGERPRINTS)
+    assert start.checkpoint.step == 3
+    assert "step-5 is not a whole checkpoint: complete.json" in start.notes[0]
+    assert "set aside" in start.notes[1] and "step-5" in start.notes[1]
+    assert [path.read_text() for path in checkpoints.glob("old-*/step-5/complete.json")] == [damaged]
+
+
+def test_a_checkpoint_of_another_base_model_or_other_data_is_refused_by_name(tmp_path):
+    leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4)
+    chosen = tmp_path / "out" / "checkpoints" / "step-3"
+    for name, other in (("base_model", "b2"), ("data", "d2")):
+        with pytest.raises(UserError, match=f"{chosen} belongs to a run with other settings") as caught:
+            find_start(settings(tmp_path, resume=str(chosen)), 1, 100, FINGERPRINTS | {name: other})
+        assert f"{name}: {FINGERPRINTS[name]} -> {other}" in str(caught.value)
+        assert "--resume none" in str(caught.value)
+
+
+def test_steps_that_an_interruption_cost_are_counted_and_an_extension_is_none(tmp_path):
+    def leave(steps: int, **described) -> None:
+        lines = [{"step": step, "train_loss": 1.0} for step in range(1, steps + 1)] + [{"step": steps, "eval_loss": 1}]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 99, "tr')
+        write_training_config(tmp_path, dict.fromkeys(DESCRIBED) | described)
+
+    assert repeated_steps(tmp_path, 0) == []
+    leave(7)
+    assert repeated_steps(tmp_path, 5) == [2]
+    leave(8, repeated_steps=[2])
+    assert repeated_steps(tmp_path, 8) == [2, 0]
+    leave(9, repeated_steps=[2, 0], trained_steps=9)
+    assert repeated_steps(tmp_path, 9) == [2, 0]

@@ -1,0 +1,142 @@
+"""Checkpoints on a disk that fills up, damages files, or is slower than training."""
+
+import resource
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from configs.errors import UserError
+from utils import checkpoint
+from utils.checkpoint import Saver, load_tensors, newest_whole, read_checkpoint, save_checkpoint
+from utils.distributed import World
+
+WORLD = World(0, 0, 1, [torch.device("cpu")])
+
+
+def tensors(value: float, size: int = 1000) -> dict[str, dict[str, torch.Tensor]]:
+    return {"weights": {"a": torch.full((size,), value), "b": torch.full((3, 2), value)}}
+
+
+def write(folder: Path, *steps: int, keep: int = 2) -> None:
+    for step in steps:
+        assert save_checkpoint(folder, {"step": step}, tensors(step), keep) == ""
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def load(folder: Path, step: int) -> float:
+    loaded = tensors(-1.0)
+    load_tensors(read_checkpoint(folder / f"step-{step}"), loaded, WORLD)
+    assert len(set(loaded["weights"]["a"].tolist() + loaded["weights"]["b"].flatten().tolist())) == 1
+    return loaded["weights"]["a"][0].item()
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "complete.json"])
+@pytest.mark.parametrize("how", ["flipped bit", "cut short", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, name, how):
+    write(tmp_path, 5, 10)
+    damaged = tmp_path / "step-10" / name
+    data = bytearray(damaged.read_bytes())
+    if how == "flipped bit":
+        at = data.index(b'"step": 10') + 8 if name == "complete.json" else len(data) // 2
+        data[at] ^= 2  # step 10 becomes step 30
+        damaged.write_bytes(data)
+    elif how == "cut short":
+        damaged.write_bytes(data[:-7])
+    else:
+        damaged.unlink()
+    before = content(tmp_path)
+    found, (complaint,) = newest_whole(tmp_path)
+    assert found.step == 5 and load(tmp_path, 5) == 5
+    assert str(tmp_path / "step-10") in complaint and name in complaint
+    assert content(tmp_path) == before
+
+
+def test_what_the_disk_can_not_read_counts_as_damaged(tmp_path, monkeypatch):
+    write(tmp_path, 5, 10)
+
+    def sha256(file: Path) -> str:
+        if file.parent.name == "step-10":
+            raise OSError(5, "Input/output error")
+        return original(file)
+
+    original = checkpoint._sha256
+    monkeypatch.setattr("utils.checkpoint._sha256", sha256)
+    found, (complaint,) = newest_whole(tmp_path)
+    assert found.step == 5 and "Input/output error" in complaint
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints(tmp_path):
+    write(tmp_path, 5, 10)
+    before = content(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        error = save_checkpoint(tmp_path, {"step": 15}, tensors(15), keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in error
+    assert content(tmp_path) == before
+    write(tmp_path, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-20"]
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_checkpoint(tmp_path):
+    (tmp_path / "step-7.unfinished").mkdir()
+    (tmp_path / "step-7.unfinished" / "__0_0.distcp").write_bytes(b"half")
+    write(tmp_path, 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-8"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    go_on, begun, errors = threading.Event(), threading.Event(), []
+    original = dcp.save
+
+    def slow_save(*arguments, **more):
+        begun.set()
+        assert go_on.wait(30)
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(dcp, "save", slow_save)
+    saver, state = Saver(tmp_path, WORLD, keep=2), tensors(1.0)
+    saver.save({"step": 1}, state, errors.append)
+    assert begun.wait(30)
+    assert newest_whole(tmp_path)[0] is None  # `save` came back before anything was whole
+    state["weights"]["a"].fill_(2.0)  # training moves the weights meanwhile
+    state["weights"]["b"].fill_(2.0)
+    second = threading.Thread(target=saver.save, args=({"step": 2}, state, errors.append))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()  # one checkpoint at a time
+    go_on.set()
+    second.join(30)
+    assert saver.wait() == "" and errors == []
+    assert (load(tmp_path, 1), load(tmp_path, 2)) == (1.0, 2.0)
+
+
+def test_a_checkpoint_too_large_for_a_copy_is_written_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.checkpoint.COPIED_AT_MOST", 100)
+    saver = Saver(tmp_path, WORLD, keep=2)
+    saver.save({"step": 1}, tensors(1.0), report=pytest.fail)
+    assert saver.thread is None and load(tmp_path, 1) == 1.0
+
+
+def test_what_went_wrong_in_the_background_is_told(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file in the folder's place")
+    saver, errors = Saver(tmp_path / "checkpoints", WORLD, keep=2), []
+    saver.save({"step": 1}, tensors(1.0), errors.append)
+    assert saver.wait() == errors[0] != ""
+
+
+@pytest.mark.parametrize("other", [{"weights": {"c": torch.zeros(3)}}, {"weights": {"b": torch.zeros(7, 5)}}])
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, other):
+    write(tmp_path, 5)
+    with pytest.raises(UserError, match="another model or adapter") as caught:
+        load_tensors(read_checkpoint(tmp_path / "step-5"), other, WORLD)
+    (name,) = other["weights"]
+    assert str(tmp_path / "step-5") in str(caught.value) and f"weights.{name}" in str(caught.value)
