@@ -139,9 +139,15 @@ def sum_across(values: Sequence[float], device: torch.device) -> list[float]:
     """Sum each value over all processes."""
     if not dist.is_initialized():
         return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+    return total_across(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+
+
+def total_across(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of all processes' tensors."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def same_on_all(text: str) -> list[str]:

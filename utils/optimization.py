@@ -164,16 +164,39 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """The 2-norm of all gradients together; sharded gradients count whole."""
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The 2-norm of all gradients together, a tensor without dimensions; sharded gradients count whole."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiply all gradients by `factor`."""
-    if factor != 1.0:
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+def step_if_finite(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    loss: torch.Tensor,
+    norm: torch.Tensor,
+    limit: float | None,
+    loss_scale: float,
+) -> None:
+    """A step with gradients clipped to `limit` (None = not); none at all, of nothing, if loss or norm is not finite.
+
+    torch's AdamW decides on the card, so that the host goes on without waiting for the numbers.
+
+    Args:
+        norm: of the gradients, divided by `loss_scale` already.
+        loss_scale: what the gradients are still multiplied with.
+    """
+    divisor = torch.full_like(norm, loss_scale)
+    if limit is not None:
+        divisor = divisor * ((norm + 1e-6) / limit).clamp(min=1.0)
+    is_finite = torch.isfinite(loss) & torch.isfinite(norm)
+    if isinstance(optimizer, torch.optim.AdamW):
+        # As torch's own gradient scaler tells it.
+        optimizer.grad_scale, optimizer.found_inf = divisor, (~is_finite).float()
+        optimizer.step()
+    elif is_finite:
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
+        optimizer.step()
 
 
 @dataclass

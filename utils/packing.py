@@ -21,6 +21,11 @@ def seed_of(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
 
 
+ROW_MULTIPLE = 128
+"""Rows on a GPU have a multiple of this many tokens: for every new length the matrix library looks for its fastest
+kernels anew, which takes milliseconds for each product of a layer."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The run's arithmetic: examples, steps and epochs.
@@ -124,22 +129,34 @@ class PackedBatch:
     label_ids: torch.Tensor
 
 
-def pack(examples: Sequence[Example], device: torch.device, longest: int = 0) -> PackedBatch:
-    """Lay examples end to end; see Segments for `longest`."""
+def pack(examples: Sequence[Example], device: torch.device, longest: int = 0, at_least: int = 0) -> PackedBatch:
+    """Lay examples end to end.
+
+    On a GPU a last segment without labels fills the row up to a multiple of ROW_MULTIPLE.
+
+    Args:
+        longest: see Segments.
+        at_least: tokens that the row is filled up to in any case.
+    """
     lengths = [len(example) for example in examples]
     starts = np.cumsum([0, *lengths[:-1]])
+    multiple = ROW_MULTIPLE if device.type == "cuda" else 1
+    filling = max(0, -(-max(at_least, sum(lengths)) // multiple) * multiple - sum(lengths))
     # The token at position p is predicted from row p - 1; BOS or a prompt stands before every labelled token.
     rows = [
         np.arange(start + max(example.prompt_length, 1) - 1, start + len(example) - 1)
         for start, example in zip(starts, examples, strict=True)
     ]
-    input_ids = torch.from_numpy(np.concatenate([example.input_ids for example in examples]).astype(np.int64))
+    if filling:
+        lengths.append(filling)
+    filler = np.zeros(filling, dtype=np.int64)
+    input_ids = torch.from_numpy(np.concatenate([*(e.input_ids for e in examples), filler]).astype(np.int64))
     label_rows = torch.from_numpy(np.concatenate(rows))
     positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))
     return PackedBatch(
         input_ids=input_ids.to(device, non_blocking=True),
         position_ids=positions.to(device, non_blocking=True),
-        segments=Segments.of(lengths, device, longest),
+        segments=Segments.of(lengths, device, max(longest, multiple)),
         label_rows=label_rows.to(device, non_blocking=True),
         label_ids=input_ids[label_rows + 1].to(device, non_blocking=True),
     )

@@ -22,13 +22,13 @@ from utils.adapters import learnt_prefix, trainable_parameters
 from utils.checkpoint import Checkpoint
 from utils.compiling import compile_layers, should_compile
 from utils.data import Data
-from utils.distributed import World, barrier, sum_across, sum_gradients
+from utils.distributed import World, barrier, sum_across, sum_gradients, total_across
 from utils.fused_layers import FusedLayers
 from utils.llama import causal_lm, forward_hidden
 from utils.loss import ChunkLoss, chunk_loss, labelled_cross_entropy
 from utils.memory import find_budget, peak_memory_gb, shrink_until_fits
 from utils.metrics import Metrics, Progress
-from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, scale_gradients
+from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
 from utils.packing import PackedBatch, pack, seed_of, share_out
 from utils.precision import Precision
 from utils.run_folder import Start
@@ -180,7 +180,7 @@ class Trainer:
             total += len(example)
         self.loss_module.kept_layers = kept_layers
         try:
-            self.loss_module(pack(chosen, self.world.device, self.longest), 0.0).backward()
+            self.loss_module(pack(chosen, self.world.device, self.longest, token_budget), 0.0).backward()
             assert all(p.grad is not None for p in self.parameters.values()), "a trainable parameter without a gradient"
             # The optimizer's state will lie beside the activations.
             checkpoints.run_tensors(self.parameters, self.optimizer)
@@ -316,17 +316,14 @@ class Trainer:
             self._prepared = {(step + 1, self.token_budget): self._prepare(step + 1)}
         if not is_sharded(self.loss_module):
             sum_gradients(list(self.parameters.values()))
-        (total,) = sum_across([loss.item()], self.world.device)
-        norm = gradient_norm(self.parameters.values()) / self.loss_scale.value
-        applied = bool(np.isfinite(norm) and np.isfinite(total))
-        if applied:
-            limit = self.config.gradient_clipping_threshold
-            clip = min(1.0, limit / (norm + 1e-6)) if self.config.gradient_clipping else 1.0
-            scale_gradients(self.parameters.values(), clip / self.loss_scale.value)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
+        loss, norm = total_across(loss), gradient_norm(self.parameters.values()).to(loss) / self.loss_scale.value
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        limit = self.config.gradient_clipping_threshold if self.config.gradient_clipping else None
+        step_if_finite(self.optimizer, self.parameters.values(), loss, norm.float(), limit, self.loss_scale.value)
         self.optimizer.zero_grad(set_to_none=True)
+        total, norm = torch.stack((loss, norm)).tolist()
+        applied = bool(np.isfinite(total) and np.isfinite(norm))
         mean = total / self.loss_scale.value
         self.loss_scale.update(overflowed=not applied)
         return StepResult(mean, norm, applied, examples)

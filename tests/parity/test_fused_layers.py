@@ -80,15 +80,6 @@ def test_biases_are_part_of_the_layers(grouped_model, tmp_path):
     check_equal(adapted_model(folder, ["all-linear"]))
 
 
-def test_each_weight_stays_its_modules_own_part_of_the_whole(tiny_model):
-    model = adapted_model(tiny_model, ["q_proj", "v_proj"])
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    FusedLayers(model, torch.float32)
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
-
-
 @pytest.mark.parametrize(
     ("settings", "dtype", "reason"),
     [

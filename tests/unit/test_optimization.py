@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.training import TrainingConfig
-from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, scale_gradients
+from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
 from utils.packing import Schedule
 
 
@@ -67,12 +67,37 @@ def test_norm_of_a_gradient_with_nan_or_infinity_is_not_finite():
         assert not math.isfinite(gradient_norm(parameters))
 
 
-def test_scaling_reaches_every_gradient():
+class Recorder(torch.optim.SGD):
+    """Stands for any optimizer that is not torch's AdamW: plain descent, so that a step shows its gradient."""
+
+
+@pytest.mark.parametrize("limit", [None, 1.0, 100.0])
+@pytest.mark.parametrize("kind", [Recorder, torch.optim.AdamW])
+def test_a_step_takes_gradients_unscaled_and_clipped(kind, limit):
+    """A gradient of norm 5, held times 8 for fp16."""
     parameters = parameters_with_gradients()
-    scale_gradients(parameters, 0.2)
-    assert parameters[0].grad.tolist() == pytest.approx([0.6, 0.0])
-    assert parameters[1].grad.item() == pytest.approx(-0.8)
-    assert gradient_norm(parameters) == pytest.approx(1.0)
+    for parameter in parameters[:2]:
+        parameter.grad *= 8
+    optimizer = kind(parameters, lr=1.0) if kind is Recorder else kind(parameters, lr=1.0, eps=10.0, fused=True)
+    norm = gradient_norm(parameters) / 8
+    step_if_finite(optimizer, parameters, torch.tensor(2.0), norm, limit, 8.0)
+    factor = 0.2 if limit == 1.0 else 1.0
+    expected = [3.0 * factor, 0.0, -4.0 * factor]
+    if kind is torch.optim.AdamW:  # the first step moves by g / (|g| + eps)
+        expected = [g / (abs(g) + 10) for g in expected]
+    moved = [-number for parameter in parameters[:2] for number in parameter.tolist()]
+    assert moved == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", [Recorder, torch.optim.AdamW])
+def test_no_step_is_taken_with_a_loss_or_norm_that_is_not_finite(kind, bad):
+    parameters = parameters_with_gradients()
+    optimizer = kind(parameters, lr=1.0) if kind is Recorder else kind(parameters, lr=1.0, fused=True)
+    for loss, norm in ((torch.tensor(bad), torch.tensor(5.0)), (torch.tensor(1.0), torch.tensor(bad))):
+        step_if_finite(optimizer, parameters, loss, norm, 1.0, 1.0)
+    assert all(not parameter.any() for parameter in parameters)
+    assert all(not state["step"] and not state["exp_avg"].any() for state in optimizer.state.values())
 
 
 def test_optimizer_is_adamw_as_its_paper_has_it():

@@ -188,3 +188,13 @@ def test_a_first_token_is_never_a_label_even_without_a_prompt():
     batch = pack([Example(1, "", np.array([7, 8, 2], dtype=np.int32), prompt_length=0)], CPU)
     assert batch.label_rows.tolist() == [0, 1]
     assert batch.label_ids.tolist() == [8, 2]
+
+
+def test_a_row_is_filled_up_without_labels():
+    example = Example(1, "", np.array([1, 7, 8, 2], dtype=np.int32), prompt_length=2)
+    batch = pack([example, example], CPU, longest=5, at_least=11)
+    assert batch.input_ids.tolist() == [1, 7, 8, 2, 1, 7, 8, 2, 0, 0, 0]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
+    assert batch.segments.bounds == [0, 4, 8, 11]
+    assert batch.label_rows.tolist() == [1, 2, 5, 6]
+    assert batch.label_ids.tolist() == [8, 2, 8, 2]

@@ -1,0 +1,250 @@
+"""The arithmetic of a decoder layer over frozen weights with LoRA beside them, forward and backward.
+
+Autograd can't know that the weights take no gradient, that layers which read the same input can share the product with
+the adapters' A, and that norms and activations are cheaper to compute again than to keep. Between the matrix products
+stand pure functions of tensors, of which torch.compile makes one kernel each. `length` is a row's number of tokens;
+tensors are [length, width] unless said otherwise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import silu
+
+from utils.attention import attention_backward, attention_forward
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The numbers of a layer's arithmetic."""
+
+    head_dim: int
+    epsilon: float
+    softmax_scale: float
+
+
+class Linear(NamedTuple):
+    """A frozen linear layer, and what of its adapter is its own.
+
+    Attributes:
+        dequantize: makes the weight [out, in] of a dtype from the stored tensors.
+        stored: what the layer stores.
+        bias: [out], or None.
+        columns: where its part of A x lies in the group's; None without an adapter.
+        b: the adapter's B times scaling, [out, r], in the compute dtype.
+        scaling: the factor.
+    """
+
+    dequantize: Callable[..., torch.Tensor]
+    stored: Tensors
+    bias: torch.Tensor | None
+    columns: slice | None
+    b: torch.Tensor | None
+    scaling: float
+
+
+class Group(NamedTuple):
+    """Linear layers that read the same input.
+
+    Attributes:
+        linears: the layers.
+        a: their adapters' A one under another, [sum of r, in], in the compute dtype; None without adapters.
+    """
+
+    linears: tuple[Linear, ...]
+    a: torch.Tensor | None
+
+
+class LayerWeights(NamedTuple):
+    """All tensors of a layer."""
+
+    input_norm: torch.Tensor
+    post_attention_norm: torch.Tensor
+    query_key_value: Group
+    output: Group
+    gate_up: Group
+    down: Group
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs beside the layer's input; `narrow` are the groups' inputs times A, [length, r]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attention: torch.Tensor
+    log_sum_exp: torch.Tensor
+    middle: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    narrow: tuple[torch.Tensor | None, ...]
+
+
+class Row(NamedTuple):
+    """Where the row's tokens stand: rotation [length, head_dim] and segment bounds."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    cumulative: torch.Tensor
+    longest: int
+
+
+def forward(
+    hidden: torch.Tensor, row: Row, shape: LayerShape, weights: LayerWeights, whole: bool
+) -> tuple[torch.Tensor | None, Saved]:
+    """The layer's output (not if not `whole`, which saves a matrix product), and what its backward pass needs."""
+    normed = _rms_norm(hidden, weights.input_norm, shape.epsilon)
+    outputs, narrow_qkv = _linear(normed, weights.query_key_value)
+    query, key, value = (output.unflatten(1, (-1, shape.head_dim)) for output in outputs)
+    query, key = _rotate(query, row.cos, row.sin), _rotate(key, row.cos, row.sin)
+    attention, log_sum_exp = attention_forward(query, key, value, row.cumulative, row.longest, shape.softmax_scale)
+    (attended,), narrow_output = _linear(attention.flatten(1), weights.output)
+    middle = hidden + attended
+    normed = _rms_norm(middle, weights.post_attention_norm, shape.epsilon)
+    (gate, up), narrow_gate_up = _linear(normed, weights.gate_up)
+    activation = _gated(gate, up)
+    narrow_down = _narrow(activation, weights.down)
+    narrow = (narrow_qkv, narrow_output, narrow_gate_up, narrow_down)
+    saved = Saved(query, key, value, attention, log_sum_exp, middle, gate, up, narrow)
+    if not whole:
+        return None, saved
+    (down,) = _wide(activation, narrow_down, weights.down)
+    return middle + down, saved
+
+
+def backward(
+    grad_output: torch.Tensor,
+    hidden: torch.Tensor,
+    saved: Saved,
+    row: Row,
+    shape: LayerShape,
+    weights: LayerWeights,
+    needs_grad_hidden: bool,
+) -> tuple[torch.Tensor | None, Tensors]:
+    """Gradients of the layer's input and of its adapters, group by group in the data's order, A before B."""
+    narrow_qkv, narrow_output, narrow_gate_up, narrow_down = saved.narrow
+    activation = _gated(saved.gate, saved.up)
+    grad_activation, grads_down = _linear_backward((grad_output,), activation, narrow_down, weights.down)
+    grads_gated = _gated_backward(grad_activation, saved.gate, saved.up)
+    normed = _rms_norm(saved.middle, weights.post_attention_norm, shape.epsilon)
+    grad_normed, grads_gate_up = _linear_backward(grads_gated, normed, narrow_gate_up, weights.gate_up)
+    grad_middle = grad_output + _rms_norm_backward(
+        grad_normed, saved.middle, weights.post_attention_norm, shape.epsilon
+    )
+    grad_attention, grads_output = _linear_backward(
+        (grad_middle,), saved.attention.flatten(1), narrow_output, weights.output
+    )
+    grad_query, grad_key, grad_value = attention_backward(
+        grad_attention.view_as(saved.attention),
+        saved.query,
+        saved.key,
+        saved.value,
+        saved.attention,
+        saved.log_sum_exp,
+        row.cumulative,
+        row.longest,
+        shape.softmax_scale,
+    )
+    grad_query, grad_key = _rotate(grad_query, row.cos, -row.sin), _rotate(grad_key, row.cos, -row.sin)
+    grads_heads = tuple(grad.flatten(1) for grad in (grad_query, grad_key, grad_value))
+    normed = _rms_norm(hidden, weights.input_norm, shape.epsilon)
+    grad_normed, grads_qkv = _linear_backward(
+        grads_heads, normed, narrow_qkv, weights.query_key_value, needs_grad_hidden
+    )
+    grad_hidden = None
+    if grad_normed is not None:
+        grad_hidden = grad_middle + _rms_norm_backward(grad_normed, hidden, weights.input_norm, shape.epsilon)
+    return grad_hidden, (*grads_qkv, *grads_output, *grads_gate_up, *grads_down)
+
+
+def _linear(x: torch.Tensor, group: Group) -> tuple[Tensors, torch.Tensor | None]:
+    """W x + scaling B A x of each layer, and the A x of all."""
+    narrow = _narrow(x, group)
+    return _wide(x, narrow, group), narrow
+
+
+def _narrow(x: torch.Tensor, group: Group) -> torch.Tensor | None:
+    """A x."""
+    return None if group.a is None else x @ group.a.t()
+
+
+def _wide(x: torch.Tensor, narrow: torch.Tensor | None, group: Group) -> Tensors:
+    """W x + scaling B A x of each layer, from x and A x."""
+    outputs = []
+    for linear in group.linears:
+        weight = linear.dequantize(x.dtype, *linear.stored)
+        if linear.b is None or narrow is None:
+            y = x @ weight.t()
+        else:
+            y = narrow[:, linear.columns] @ linear.b.t()
+            torch.ops.llama2_chinese.add_product_(y, x, weight.t())
+        outputs.append(y if linear.bias is None else y + linear.bias)
+    return tuple(outputs)
+
+
+def _linear_backward(
+    grads: Tensors, x: torch.Tensor, narrow: torch.Tensor | None, group: Group, needs_grad_x: bool = True
+) -> tuple[torch.Tensor | None, Tensors]:
+    """Gradient of x, and of each adapted layer's A and B."""
+    parameters: list[torch.Tensor] = []
+    grad_x = None
+    if narrow is not None and group.a is not None:
+        adapted = [(linear, grad) for linear, grad in zip(group.linears, grads, strict=True) if linear.b is not None]
+        grad_narrow = torch.cat([grad @ linear.b for linear, grad in adapted], dim=1)
+        grad_a = grad_narrow.t() @ x
+        for linear, grad in adapted:
+            grad_b = grad.t() @ narrow[:, linear.columns]
+            parameters += [grad_a[linear.columns].float(), grad_b.float() * linear.scaling]
+        if needs_grad_x:
+            grad_x = grad_narrow @ group.a
+    if not needs_grad_x:
+        return None, tuple(parameters)
+    for linear, grad in zip(group.linears, grads, strict=True):
+        weight = linear.dequantize(grad.dtype, *linear.stored)
+        if grad_x is None:
+            grad_x = grad @ weight
+        else:
+            torch.ops.llama2_chinese.add_product_(grad_x, grad, weight)
+    return grad_x, tuple(parameters)
+
+
+# The large product is added onto the small one by the matrix kernel itself. The compiler, left alone, would copy.
+_library = torch.library.Library("llama2_chinese", "DEF")
+_library.define("add_product_(Tensor(a!) total, Tensor a, Tensor b) -> ()")
+
+
+@torch.library.impl(_library, "add_product_", "CompositeExplicitAutograd")
+def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    total.addmm_(a, b)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def _rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    wide, grad = x.float(), grad.float() * weight.float()
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (inverse * grad - wide * inverse.pow(3) * (grad * wide).mean(-1, keepdim=True)).to(x.dtype)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021) of [length, heads, head_dim]; with -sin, its backward pass."""
+    wide, cos, sin = x.float(), cos[:, None].float(), sin[:, None].float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return (silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def _gated_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Tensors:
+    grad, gate_wide, sigmoid = grad.float(), gate.float(), gate.float().sigmoid()
+    grad_gate = grad * up.float() * sigmoid * (1 + gate_wide * (1 - sigmoid))
+    return grad_gate.to(gate.dtype), (grad * gate_wide * sigmoid).to(gate.dtype)
