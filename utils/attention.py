@@ -14,6 +14,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 PACKED = "packed"
+ROW_MULTIPLE = 128
+"""Rows on a GPU have a multiple of this many tokens: for every new length the matrix library looks for its fastest
+kernels anew, which takes milliseconds for each product of a layer."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def why_not(config: TrainingConfig, model: dict[str, Any], device: torch.device,
 
 
 class FusedLayers:
-    """Stand-ins for all layers of a decoder; called in the place of `run_plain`, after `refresh`.
+    """Stand-ins for all layers of a decoder; called in the place of `run_plain`.
 
     Args:
         model: with a LoRA adapter.
@@ -101,7 +101,7 @@ class FusedLayers:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the adapters' parameters as they are now; once for every pass over the layers."""
+        """Take over the adapters' parameters as they are now; to be called whenever they have changed."""
         torch._foreach_copy_(self._copies, torch._foreach_mul(self._parameters, self._scalings))
 
     def compile(self) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
+
+from utils.attention import ROW_MULTIPLE
 
 CHUNK = 1024
 """Rows of logits in memory at a time; a large vocabulary takes 150,000 numbers a row."""
@@ -15,13 +17,13 @@ ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Ten
 
 
 def chunk_loss(logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of the cross-entropies of logits [rows, vocab_size], and `scale` times its gradient in their dtype."""
+    """The cross-entropy of each row of logits [rows, vocab_size], and `scale` times its gradient in their dtype."""
     wide, target = logits.float(), labels[:, None]
     log_total = wide.logsumexp(dim=1, keepdim=True)
-    loss = (log_total - wide.gather(1, target)).sum()
+    losses = (log_total - wide.gather(1, target)).squeeze(1)
     # d loss / d logits = softmax - one-hot; scaled before it is rounded to half precision.
     grad = (wide - log_total).exp_().scatter_add_(1, target, torch.full_like(log_total, -1.0))
-    return loss, grad.mul_(scale).to(logits.dtype)
+    return losses, grad.mul_(scale).to(logits.dtype)
 
 
 class _LabelledCrossEntropy(torch.autograd.Function):
@@ -44,16 +46,20 @@ class _LabelledCrossEntropy(torch.autograd.Function):
         factor = torch.full((), scale, device=hidden.device)  # a tensor: a new number makes no new compiled code
         for start in range(0, hidden.shape[0], CHUNK):
             rows, target = hidden[start : start + CHUNK], labels[start : start + CHUNK]
+            count = rows.shape[0]
+            if hidden.is_cuda:  # see ROW_MULTIPLE; what the rows of zeros give is cut off again
+                filling = -count % ROW_MULTIPLE
+                rows, target = pad(rows, (0, 0, 0, filling)), pad(target, (0, filling))
             logits = rows @ compute_weight.t()
             if not (train_hidden or train_weight):
-                loss += cross_entropy(logits.float(), target, reduction="sum")
+                loss += cross_entropy(logits[:count].float(), target[:count], reduction="sum")
                 continue
-            chunk, grad = of_chunk(logits, target, factor)
-            loss += chunk
+            losses, grad = of_chunk(logits, target, factor)
+            loss += losses[:count].sum()
             if train_hidden:
-                torch.mm(grad, compute_weight, out=grad_hidden[start : start + CHUNK])
+                grad_hidden[start : start + count] = (grad @ compute_weight)[:count]
             if train_weight:
-                grad_weight += grad.t() @ rows
+                grad_weight += grad.t() @ rows  # rows of zeros add nothing
         ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
         return loss * scale
 

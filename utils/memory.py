@@ -87,15 +87,16 @@ def _most_kept_layers(
 
 
 def measure(world: World, attempt: Callable[[], None]) -> float | None:
-    """Seconds that `attempt` takes on the slowest process, the second time; None = out of memory on one of them."""
-    seconds = 0.0
+    """Seconds that `attempt` takes on the slowest process, at best; None = out of memory on one of them."""
+    seconds = math.inf
     try:
-        attempt()
+        attempt()  # compiles, and finds the fastest kernels
         torch.cuda.synchronize(world.device)
-        start = time.perf_counter()
-        attempt()
-        torch.cuda.synchronize(world.device)
-        seconds = time.perf_counter() - start
+        for _repeat in range(3):
+            start = time.perf_counter()
+            attempt()
+            torch.cuda.synchronize(world.device)
+            seconds = min(seconds, time.perf_counter() - start)
     except torch.cuda.OutOfMemoryError:
         seconds = math.inf
     torch.cuda.empty_cache()

@@ -13,17 +13,12 @@ import numpy as np
 import torch
 
 from ft_datasets.alpaca_dataset import Example
-from utils.attention import Segments
+from utils.attention import ROW_MULTIPLE, Segments
 
 
 def seed_of(*parts: int) -> int:
     """A seed for random numbers that depend on `parts` alone, such as (the run's seed, step)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
-
-
-ROW_MULTIPLE = 128
-"""Rows on a GPU have a multiple of this many tokens: for every new length the matrix library looks for its fastest
-kernels anew, which takes milliseconds for each product of a layer."""
 
 
 @dataclass(frozen=True)

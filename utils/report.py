@@ -204,6 +204,9 @@ def after_last_step(trainer: "Trainer", output: Path, say: Say) -> None:
     )
     if trainer.world.device.type == "cuda":
         say(memory_line(trainer))
+    if trainer.compiles:
+        count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        say(_("Compiled: {count} pieces of code; a number that grows with the steps would be a defect.", count=count))
     repeated = (read_training_config(output) or {}).get("repeated_steps", [])
     if repeated:
         say(

@@ -51,8 +51,6 @@ class ResponseLoss(nn.Module):
     def forward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
         """`scale` times the sum of the cross-entropies of the batch's labelled tokens."""
         device_type = batch.input_ids.device.type
-        if self.fused:
-            self.fused.refresh()
         # The fused layers see to their types themselves.
         with torch.autocast(device_type, self.dtype, enabled=self.dtype != torch.float32 and not self.fused):
             prefix = learnt_prefix(self.model)
@@ -69,6 +67,11 @@ class ResponseLoss(nn.Module):
         head = causal_lm(self.model).lm_head.weight
         rows = hidden.index_select(0, batch.label_rows.to(hidden.device)).to(head.device, self.dtype)
         return labelled_cross_entropy(rows, head, batch.label_ids.to(head.device), scale, self.chunk_loss)
+
+    def refresh(self) -> None:
+        """Take note that the weights have changed."""
+        if self.fused:
+            self.fused.refresh()
 
     def compile(self) -> None:
         """Compile what is many small operations; a row may have any length afterwards."""
@@ -128,6 +131,7 @@ class Trainer:
         self.loss_module.train()
         if start.checkpoint:
             self._resume(start.checkpoint)
+        self.loss_module.refresh()
         self._choose_budget()
 
     def _resume(self, checkpoint: Checkpoint) -> None:
@@ -322,6 +326,7 @@ class Trainer:
         limit = self.config.gradient_clipping_threshold if self.config.gradient_clipping else None
         step_if_finite(self.optimizer, self.parameters.values(), loss, norm.float(), limit, self.loss_scale.value)
         self.optimizer.zero_grad(set_to_none=True)
+        self.loss_module.refresh()
         total, norm = torch.stack((loss, norm)).tolist()
         applied = bool(np.isfinite(total) and np.isfinite(norm))
         mean = total / self.loss_scale.value
