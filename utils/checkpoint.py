@@ -73,6 +73,28 @@ class Saver:
         self.error = ""
         self.thread: threading.Thread | None = None
 
+    def check_disk_space(self, tensors: dict[str, dict[str, Any]]) -> None:
+        """Refuse a run whose checkpoints of these tensors, and its result, would fill the disk.
+
+        Raises:
+            UserError: there is too little room.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The newest is written before the oldest goes; the result is as large as the weights.
+        needed = size_of(tensors) * (self.keep + 1) + size_of({"weights": tensors["weights"]})
+        reusable = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        free = shutil.disk_usage(self.folder).free + reusable
+        if needed > free:
+            raise UserError(
+                _(
+                    "Checkpoints and result take up to {needed} MB, and the disk of {folder} has {free} MB. Make room, "
+                    "keep fewer (--keep_checkpoints 1), or put them elsewhere (--dist_checkpoint_root_folder).",
+                    needed=f"{needed / 1e6:,.1f}",
+                    folder=self.folder,
+                    free=f"{free / 1e6:,.1f}",
+                )
+            )
+
     def save(self, state: dict[str, Any], tensors: dict[str, dict[str, Any]], report: Callable[[str], None]) -> None:
         """Write `folder/step-N`, N being state["step"], once the checkpoint before is written.
 

@@ -9,8 +9,8 @@ from utils.fused_layers import FusedLayers, why_not
 from utils.llama import empty_base_model, load_weights
 from utils.model_folder import ModelFolder
 from utils.precision import Precision
+from utils.response_loss import ResponseLoss
 from utils.sharding import shard
-from utils.training import ResponseLoss
 
 
 def load_trainable(config: TrainingConfig, world: World, folder: ModelFolder, precision: Precision) -> ResponseLoss:

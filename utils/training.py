@@ -1,85 +1,38 @@
 """The training loop: steps, evaluations, checkpoints, and an end that loses nothing."""
 
-import contextlib
 import gc
 import math
-import shutil
-import signal
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from configs.errors import Interrupted, UserError
 from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example
 from utils import checkpoint as checkpoints
-from utils.adapters import learnt_prefix, trainable_parameters
+from utils.adapters import trainable_parameters
 from utils.checkpoint import Checkpoint
-from utils.compiling import compile_layers, should_compile
+from utils.compiling import should_compile
 from utils.data import Data
 from utils.distributed import World, barrier, sum_across, sum_gradients, total_across
-from utils.fused_layers import FusedLayers
-from utils.llama import causal_lm, forward_hidden
-from utils.loss import ChunkLoss, chunk_loss, labelled_cross_entropy
+from utils.interruptions import Interruptions
+from utils.llama import causal_lm
 from utils.memory import find_budget, peak_memory_gb, shrink_until_fits
 from utils.metrics import Metrics, Progress
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
 from utils.packing import PackedBatch, pack, seed_of, share_out
 from utils.precision import Precision
+from utils.response_loss import ResponseLoss
 from utils.run_folder import Start
 from utils.sharding import is_sharded, recover
 from utils.watch import LossWatch
 
 MAX_FAILED_STEPS = 10
 """Steps in a row whose gradient may be infinite or not a number before the run stops."""
-
-
-class ResponseLoss(nn.Module):
-    """The model and its loss in one module, which is what FSDP needs to wrap."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype, fused: FusedLayers | None = None) -> None:
-        super().__init__()
-        self.model, self.dtype, self.fused = model, dtype, fused
-        self.chunk_loss: ChunkLoss = chunk_loss
-        self.kept_layers = len(causal_lm(model).model.layers)
-
-    def forward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
-        """`scale` times the sum of the cross-entropies of the batch's labelled tokens."""
-        device_type = batch.input_ids.device.type
-        # The fused layers see to their types themselves.
-        with torch.autocast(device_type, self.dtype, enabled=self.dtype != torch.float32 and not self.fused):
-            prefix = learnt_prefix(self.model)
-            hidden = forward_hidden(
-                self.model,
-                batch.input_ids,
-                # As in generation, and in PEFT: a learnt prefix takes the first positions.
-                batch.position_ids + (prefix.length if prefix else 0),
-                batch.segments,
-                past=prefix,
-                kept_layers=self.kept_layers,
-                run_layer=self.fused,
-            )
-        head = causal_lm(self.model).lm_head.weight
-        rows = hidden.index_select(0, batch.label_rows.to(hidden.device)).to(head.device, self.dtype)
-        return labelled_cross_entropy(rows, head, batch.label_ids.to(head.device), scale, self.chunk_loss)
-
-    def refresh(self) -> None:
-        """Take note that the weights have changed."""
-        if self.fused:
-            self.fused.refresh()
-
-    def compile(self) -> None:
-        """Compile what is many small operations; a row may have any length afterwards."""
-        self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
-        if self.fused:
-            self.fused.compile()
-        else:
-            compile_layers(self.model)
 
 
 @dataclass
@@ -127,7 +80,6 @@ class Trainer:
         self.last_eval_loss: float | None = None
         self.last_saved = time.monotonic()
         self.saver = checkpoints.Saver(config.checkpoints_dir, world, config.keep_checkpoints)
-        self.interrupted_by, self.interrupted_at = 0, 0.0
         self.loss_module.train()
         if start.checkpoint:
             self._resume(start.checkpoint)
@@ -195,29 +147,11 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
 
     def check_disk_space(self) -> None:
-        """Refuse a run whose checkpoints would fill the disk.
+        """Refuse a run whose checkpoints and result would fill the disk; see Saver."""
+        self.saver.check_disk_space(self._state_tensors())
 
-        Raises:
-            UserError: there is too little room.
-        """
-        folder = self.config.checkpoints_dir
-        folder.mkdir(parents=True, exist_ok=True)
-        optimizer = self.optimizer if self.config.save_optimizer else None
-        tensors = checkpoints.run_tensors(self.parameters, optimizer)
-        # The newest is written before the oldest goes; the result is as large as the weights.
-        sizes = checkpoints.size_of(tensors) * (self.config.keep_checkpoints + 1)
-        needed = sizes + checkpoints.size_of({"weights": tensors["weights"]})
-        free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        if needed > free:
-            raise UserError(
-                _(
-                    "Checkpoints and result take up to {needed} MB, and the disk of {folder} has {free} MB. Make room, "
-                    "keep fewer (--keep_checkpoints 1), or put them elsewhere (--dist_checkpoint_root_folder).",
-                    needed=f"{needed / 1e6:,.1f}",
-                    folder=folder,
-                    free=f"{free / 1e6:,.1f}",
-                )
-            )
+    def _state_tensors(self) -> dict[str, dict[str, Any]]:
+        return checkpoints.run_tensors(self.parameters, self.optimizer if self.config.save_optimizer else None)
 
     def run(self, metrics: Metrics) -> None:
         """Train from `self.done` to the schedule's end, with evaluations and checkpoints on the way.
@@ -228,15 +162,15 @@ class Trainer:
         """
         progress = Progress(self.schedule.total_steps, self.done, self.world.is_main)
         gc.freeze()  # what exists now stays: looking through all examples for garbage would hold up the card
-        with self._signals_noted():
+        with Interruptions() as interruptions:
             try:
                 while self.done < self.schedule.total_steps:
-                    self._one_step(metrics, progress)
+                    self._one_step(metrics, progress, interruptions)
             finally:
                 self.saver.wait()
                 progress.close()
 
-    def _one_step(self, metrics: Metrics, progress: Progress) -> None:
+    def _one_step(self, metrics: Metrics, progress: Progress, interruptions: Interruptions) -> None:
         started = time.perf_counter()
         step = self.done
         rate = learning_rate(step, self.config, self.schedule)
@@ -263,14 +197,13 @@ class Trainer:
         if result.applied and (warning := self.watch.update(self.done, result.loss)):
             progress.say(warning)
         is_last = self.done == self.schedule.total_steps
-        asked = [float(self.interrupted_by == signum) for signum in (signal.SIGINT, signal.SIGTERM)]
-        by_int, by_term = sum_across(asked, self.world.device)
-        interrupt = signal.SIGTERM if by_term else signal.SIGINT if by_int else 0
+        # Clocks differ between processes; any one of them decides for all.
+        interrupt, is_due = interruptions.heard_by_any(self.world, self._is_time_to_save())
         if self.held_out and (is_last or self.schedule.ends_epoch(step)):
             self.last_eval_loss = self.evaluate()
             metrics.write(step=self.done, eval_loss=self.last_eval_loss if np.isfinite(self.last_eval_loss) else None)
             progress.say(_("step {step}: held-out loss {loss}", step=self.done, loss=f"{self.last_eval_loss:.4f}"))
-        if is_last or interrupt or self._is_time_to_save():
+        if is_last or interrupt or is_due:
             self._save(metrics, progress)
         if interrupt and not is_last:
             failed = self.saver.wait()
@@ -387,12 +320,9 @@ class Trainer:
             )
 
     def _is_time_to_save(self) -> bool:
-        config = self.config
-        if config.save_steps and self.done % config.save_steps == 0:
-            return True
-        due = bool(config.save_minutes) and time.monotonic() - self.last_saved >= config.save_minutes * 60
-        # Clocks differ between processes; any one of them decides for all.
-        return bool(config.save_minutes) and sum_across([float(due)], self.world.device)[0] > 0
+        steps, seconds = self.config.save_steps, self.config.save_minutes * 60
+        by_steps = steps > 0 and self.done % steps == 0
+        return by_steps or (seconds > 0 and time.monotonic() - self.last_saved >= seconds)
 
     def _save(self, metrics: Metrics, progress: Progress) -> None:
         metrics.flush()
@@ -409,12 +339,10 @@ class Trainer:
             "kept_layers": self.loss_module.kept_layers,
             "last_eval_loss": self.last_eval_loss,
         }
-        optimizer = self.optimizer if self.config.save_optimizer else None
-        tensors = checkpoints.run_tensors(self.parameters, optimizer)
         step, folder = self.done, self.config.checkpoints_dir
         self.saver.save(
             state,
-            tensors,
+            self._state_tensors(),
             report=lambda error: progress.say(
                 _(
                     "The checkpoint of step {step} could not be written ({error}). The run goes on; earlier "
@@ -426,23 +354,3 @@ class Trainer:
             ),
         )
         self.last_saved = time.monotonic()
-
-    @contextlib.contextmanager
-    def _signals_noted(self) -> Any:
-        """SIGINT and SIGTERM ask for an end after the current step; a second SIGINT ends at once."""
-
-        def note(signum: int, _frame: object) -> None:
-            # `pkill -TERM -f` reaches torchrun and the worker, and torchrun passes it on, so that the worker gets it
-            # twice. Only a second Ctrl-C, a while after the first, is meant to end at once.
-            if signum == self.interrupted_by == signal.SIGINT and time.monotonic() - self.interrupted_at > 1:
-                signal.signal(signum, signal.SIG_DFL)
-                signal.raise_signal(signum)
-            if not self.interrupted_by:
-                self.interrupted_by, self.interrupted_at = signum, time.monotonic()
-
-        previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)

@@ -296,8 +296,8 @@ def test_a_run_that_would_fill_the_disk_is_refused(tiny_model, tmp_path, monkeyp
     numbers = 8 * 8 * 64
     needed = 4 * numbers * 3 * 3 + 4 * numbers
     roomy, tight = needed + 1000, needed - 1000
-    monkeypatch.setattr("utils.training.shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(0, 0, roomy))
+    monkeypatch.setattr("utils.checkpoint.shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(0, 0, roomy))
     trainer.check_disk_space()
-    monkeypatch.setattr("utils.training.shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(0, 0, tight))
+    monkeypatch.setattr("utils.checkpoint.shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(0, 0, tight))
     with pytest.raises(UserError, match="--keep_checkpoints"):
         trainer.check_disk_space()
