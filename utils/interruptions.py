@@ -8,7 +8,7 @@ from utils.distributed import World, sum_across
 
 
 class Interruptions:
-    """Within its `with` block SIGINT and SIGTERM ask for an end after the current step; a second SIGINT ends at once."""
+    """While it is entered, SIGINT and SIGTERM ask for an end after the current step; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.signum, self.at = 0, 0.0

@@ -19,8 +19,9 @@ from utils.distributed import World
 from utils.estimate import Shape, estimate, estimate_of_run
 from utils.fused_layers import why_not
 from utils.llama import causal_lm
-from utils.memory import peak_memory_gb, token_budgets
+from utils.memory import peak_memory_gb
 from utils.metrics import LOSS_PICTURE, METRICS, train_losses
+from utils.micro_batch import token_budgets
 from utils.model_folder import ModelFolder
 from utils.optimization import learning_rate
 from utils.precision import Precision

@@ -21,8 +21,9 @@ from utils.data import Data
 from utils.distributed import World, barrier, sum_across, sum_gradients, total_across
 from utils.interruptions import Interruptions
 from utils.llama import causal_lm
-from utils.memory import find_budget, peak_memory_gb, shrink_until_fits
+from utils.memory import peak_memory_gb
 from utils.metrics import Metrics, Progress
+from utils.micro_batch import find_budget, remembered, shrink_until_fits
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
 from utils.packing import PackedBatch, pack, seed_of, share_out
 from utils.precision import Precision
@@ -112,19 +113,35 @@ class Trainer:
         recompute = self.config.fsdp_config.fsdp_activation_checkpointing
         kept_counts = range(layers + 1) if recompute is None else [0 if recompute else layers]
         if not self.token_budget or self.loss_module.kept_layers not in kept_counts:
-            largest_step = self.schedule.largest_step([len(example) for example in self.training])
-            self.token_budget, self.loss_module.kept_layers = find_budget(
+            # Processes do not share a step out quite evenly.
+            largest_step = math.ceil(
+                1.02 * self.schedule.largest_step([len(example) for example in self.training]) / self.world.size
+            )
+            self.token_budget, self.loss_module.kept_layers = remembered(
                 self.world,
-                self.longest,
-                math.ceil(1.02 * largest_step / self.world.size),  # processes do not share a step out quite evenly
-                kept_counts,
+                self._kind(largest_step),
                 self._try_micro_batch,
+                lambda: find_budget(self.world, self.longest, largest_step, kept_counts, self._try_micro_batch),
             )
         if self.compiles and not fused:
             self.loss_module.compile()
             self.token_budget = shrink_until_fits(
                 self.world, self.longest, self.token_budget, self.loss_module.kept_layers, self._try_micro_batch
             )
+
+    def _kind(self, largest_step: int) -> dict[str, Any]:
+        """All that the largest micro-batch depends on, beside the cards."""
+        settings = self.config.flat()
+        names = "gpu_memory_gb use_peft peft_method quantization optimizer pure_bf16 freeze_layers num_freeze_layers"
+        chosen = {name for name in settings if name in names.split() or "_config." in name}
+        return {name: settings[name] for name in chosen} | {
+            "model": causal_lm(self.model).config.to_dict(),
+            "compute": str(self.precision.compute),
+            "compiles": self.compiles,
+            "sharded": self.world.size if is_sharded(self.loss_module) else 0,
+            "longest": self.longest,
+            "largest_step": largest_step,
+        }
 
     def _try_micro_batch(self, token_budget: int, kept_layers: int) -> None:
         """Let the longest examples that fill a micro-batch go forward and backward, and take nothing from it."""
