@@ -1,18 +1,22 @@
 """The layers written by hand against transformers' and PEFT's own, in outputs and gradients."""
 
+import peft
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from conftest import make_trainer, project_logits, save_adapter, train
+from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from utils.adapters import add_adapter, trainable_parameters
 from utils.attention import Segments
+from utils.checkpoint import read_checkpoint
 from utils.fused_layers import FusedLayers, why_not
 from utils.llama import forward_hidden, load_base_model, run_plain
 from utils.model_folder import ModelFolder
 
 CPU = torch.device("cpu")
+SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
 LENGTHS = [5, 1, 9, 3]
 TARGETS = [["all-linear"], ["q_proj", "v_proj"], ["o_proj", "down_proj"], ["k_proj", "up_proj"]]
 
@@ -101,6 +105,41 @@ def test_where_they_do_not_serve_the_reason_is_named(monkeypatch, settings, dtyp
     assert bool(reason) == bool(answer)
     assert why_not(config, {"model_type": "llama"}, CPU, dtype)
     assert "gemma" in why_not(config, {"model_type": "gemma"}, torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+def test_a_run_learns_the_same_and_its_adapter_is_plain_pefts(grouped_model, tmp_path, monkeypatch, quantization):
+    settings = {
+        "quantization": quantization,
+        "lora_config": LoraConfig(target_modules=["all-linear"]),
+        "batch_size_training": 4,
+        "max_steps": 12,
+        "lr": 1e-2,
+        "micro_batch_size": 2,
+        "save_steps": 6,
+    }
+    plain = make_trainer(grouped_model, tmp_path / "plain", **settings)
+    expected = train(plain)
+    monkeypatch.setattr("utils.trainable.why_not", lambda *_arguments: "")
+    trainer = make_trainer(grouped_model, tmp_path / "fused", **settings)
+    assert trainer.loss_module.fused and not plain.loss_module.fused
+    losses = train(trainer)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < 0.95 * losses[0]
+
+    checkpoint = read_checkpoint(tmp_path / "fused" / "checkpoints" / "step-6")
+    resumed = make_trainer(grouped_model, tmp_path / "resumed", checkpoint=checkpoint, **settings)
+    assert train(resumed) == losses[6:]
+
+    if quantization is None:
+        trained = project_logits(trainer.model.eval(), SEQUENCE)
+        base = load_base_model(ModelFolder(grouped_model), torch.float32, [CPU])
+        reference = LlamaForCausalLM.from_pretrained(grouped_model, dtype=torch.float32)
+        with torch.no_grad():
+            adapted = peft.PeftModel.from_pretrained(reference, str(save_adapter(trainer)))
+            logits = adapted(input_ids=torch.tensor([SEQUENCE])).logits[0]
+        torch.testing.assert_close(trained, logits, rtol=1e-4, atol=1e-4)
+        assert (trained - project_logits(base, SEQUENCE)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
