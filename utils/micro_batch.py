@@ -19,6 +19,8 @@ CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU: enough to fill it, few enough to stay in its caches."""
 MIN_TOKENS, MAX_TOKENS = 1024, 65_536
 """Tokens of a micro-batch on a GPU: smaller ones leave it idle, larger ones are not faster."""
+SAFE_SHARE = 0.9
+"""Share of the memory that is planned for where it can't be tried."""
 
 
 def token_budgets(longest_example: int, largest_step: int) -> list[int]:
@@ -94,6 +96,65 @@ def find_budget(
         if kept == kept_counts[-1]:
             break
     return best
+
+
+def find_sharded_budget(
+    world: World,
+    longest_example: int,
+    largest_step: int,
+    kept_counts: Sequence[int],
+    try_step: Callable[[int, int], None],
+) -> tuple[int, int]:
+    """As find_budget, but by extrapolation from small micro-batches, and by a rule of thumb for the speed.
+
+    A process that ran out of memory amid a sharded pass would leave the others waiting for it.
+
+    """
+    if world.device.type == "cpu":
+        return max(longest_example, CPU_TOKENS), kept_counts[-1]
+    few, least, some = max(longest_example, MIN_TOKENS // 4), kept_counts[0], kept_counts[len(kept_counts) // 2]
+    limit = SAFE_SHARE * _memory_limit(world)
+    fixed, growth = {}, {}
+    for kept in (least, some):
+        once, twice = (_peak(world, functools.partial(try_step, tokens, kept)) for tokens in (few, 2 * few))
+        growth[kept] = (twice - once) / few
+        fixed[kept] = once - growth[kept] * few
+
+    def estimate(tokens: int, kept: int) -> float:
+        share = (kept - least) / max(1, some - least)
+        start, slope = (line[least] + share * (line[some] - line[least]) for line in (fixed, growth))
+        return start + slope * tokens
+
+    pairs = [(tokens, kept) for tokens in token_budgets(longest_example, largest_step) for kept in kept_counts]
+    fitting = [pair for pair in pairs if estimate(*pair) <= limit]
+    layers = max(1, kept_counts[-1])
+    return max(
+        fitting, key=lambda pair: relative_speed(pair[1] / layers, pair[0]), default=(longest_example, kept_counts[0])
+    )
+
+
+def relative_speed(kept_share: float, tokens: int) -> float:
+    """Speed of a micro-batch: recomputing costs half a pass again, and small products fill a card badly."""
+    return tokens / (tokens + 300) / (1 + (1 - kept_share) / 2)
+
+
+def _peak(world: World, attempt: Callable[[], None]) -> float:
+    """The most bytes that `attempt` takes of any process's card."""
+    for device in world.devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    attempt()
+    peak = max(torch.cuda.max_memory_allocated(device) for device in world.devices)
+    return max(float(answer) for answer in same_on_all(str(peak)))
+
+
+def _memory_limit(world: World) -> float:
+    """Bytes that every process may take of its card: no more than its limit, and what is free."""
+    limits = []
+    for device in world.devices:
+        free, total = torch.cuda.mem_get_info(device)
+        own = free + torch.cuda.memory_reserved(device)
+        limits.append(min(own, torch.cuda.get_per_process_memory_fraction(device) * total))
+    return min(float(answer) for answer in same_on_all(str(min(limits))))
 
 
 def shrink_until_fits(

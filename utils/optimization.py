@@ -195,7 +195,7 @@ def step_if_finite(
         optimizer.grad_scale, optimizer.found_inf = divisor, (~is_finite).float()
         optimizer.step()
     elif is_finite:
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor.item())
         optimizer.step()
 
 

@@ -20,7 +20,7 @@ from utils.distributed import World
 from utils.estimate import Estimate, Kind, Shape, estimate, trained_parameters
 from utils.fused_layers import why_not
 from utils.metrics import duration
-from utils.micro_batch import CPU_TOKENS, token_budgets
+from utils.micro_batch import CPU_TOKENS, relative_speed, token_budgets
 from utils.model_folder import ModelFolder
 from utils.optimization import BytesEach, check_optimizer
 from utils.packing import Schedule
@@ -113,7 +113,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
             for kept, budget in pairs
         ]
         fitting = [candidate for candidate in found if candidate[0].needed <= available]
-        parts, _kept, budget = max(fitting, key=lambda c: _relative_speed(c[1] / shape.layers, c[2]), default=found[-1])
+        parts, _kept, budget = max(fitting, key=lambda c: relative_speed(c[1] / shape.layers, c[2]), default=found[-1])
         return parts, budget, bool(fitting)
 
     parts, budget, _fits = fit(config)
@@ -161,11 +161,6 @@ def _to_save(config: TrainingConfig, folder: ModelFolder, shape: Shape) -> float
         return 4.0 * trained_parameters(config, shape)
     stored = getattr(torch, stored_dtype(folder.path)).itemsize
     return (4.0 + stored) * (shape.decoder_weights + shape.other_weights)
-
-
-def _relative_speed(kept_share: float, tokens: int) -> float:
-    """Speed of a micro-batch: recomputing costs half a pass again, and small products fill a card badly."""
-    return tokens / (tokens + 300) / (1 + (1 - kept_share) / 2)
 
 
 def _memory_available(config: TrainingConfig, device: torch.device, cards: int) -> float:

@@ -23,7 +23,7 @@ from utils.interruptions import Interruptions
 from utils.llama import causal_lm
 from utils.memory import peak_memory_gb
 from utils.metrics import Metrics, Progress
-from utils.micro_batch import find_budget, remembered, shrink_until_fits
+from utils.micro_batch import find_budget, find_sharded_budget, remembered, shrink_until_fits
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
 from utils.packing import PackedBatch, pack, seed_of, share_out
 from utils.precision import Precision
@@ -117,11 +117,12 @@ class Trainer:
             largest_step = math.ceil(
                 1.02 * self.schedule.largest_step([len(example) for example in self.training]) / self.world.size
             )
+            find = find_sharded_budget if is_sharded(self.loss_module) else find_budget
             self.token_budget, self.loss_module.kept_layers = remembered(
                 self.world,
                 self._kind(largest_step),
                 self._try_micro_batch,
-                lambda: find_budget(self.world, self.longest, largest_step, kept_counts, self._try_micro_batch),
+                lambda: find(self.world, self.longest, largest_step, kept_counts, self._try_micro_batch),
             )
         if self.compiles and not fused:
             self.loss_module.compile()

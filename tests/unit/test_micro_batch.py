@@ -5,7 +5,7 @@ import torch
 
 from utils import micro_batch
 from utils.distributed import World
-from utils.micro_batch import find_budget, remembered, token_budgets
+from utils.micro_batch import find_budget, find_sharded_budget, remembered, token_budgets
 
 LAYERS = 32
 CARD = World(0, 0, 1, [torch.device("cuda", 0)])
@@ -61,6 +61,26 @@ def test_what_the_user_has_fixed_stays(monkeypatch):
     card = Card(60_000, monkeypatch)
     assert card.search(kept_counts=[0]) == (8000, 0)
     assert all(kept == 0 for _tokens, kept in card.trials)
+
+
+@pytest.mark.parametrize("memory", [40_000, 60_000, 150_000, 400_000])
+def test_a_sharded_search_never_tries_what_does_not_fit(monkeypatch, memory):
+    card = Card(memory, monkeypatch)
+
+    def peak(_world, attempt) -> float:
+        assert attempt(), "out of memory"
+        tokens, kept = card.trials[-1]
+        return tokens * (4 + kept)
+
+    monkeypatch.setattr(micro_batch, "_peak", peak)
+    monkeypatch.setattr(micro_batch, "_memory_limit", lambda _world: memory)
+    tokens, kept = find_sharded_budget(CARD, 100, 8000, range(LAYERS + 1), card.try_step)
+    assert tokens * (4 + kept) <= 0.9 * memory
+    if memory >= 400_000:
+        assert (tokens, kept) == (8000, LAYERS)
+    # As much as there is room for: neither a layer more nor the next size would have fitted.
+    elif kept < LAYERS:
+        assert tokens * (4 + kept + 1) > 0.9 * memory
 
 
 def test_an_earlier_runs_answer_is_used_as_long_as_it_fits(monkeypatch, tmp_path):
