@@ -1,4 +1,4 @@
-"""torch.compile for the parts of a training step that are many small operations."""
+"""torch.compile: whether a run gains by it, and how the plain layers are compiled."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Memory: the largest micro-batch that fits, found by trying."""
+"""A card's memory: the fastest micro-batch that fits into it, found by trying; its limit, and its peak."""
 
 import functools
 import math
