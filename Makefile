@@ -1,6 +1,6 @@
 # make quickstart   the whole path on a tiny model, in minutes, without a GPU
 # make test         the test suite
-# make soak         long fault and parity tests (hours)
+# make soak         long fault and parity tests (an hour or two)
 # make lint         ruff
 #
 # Behind a slow line give a package mirror: make quickstart PIP_INDEX=https://pypi.tuna.tsinghua.edu.cn/simple

@@ -52,8 +52,9 @@ class TrainingConfig:
     batch_size_training: int = 4
     """Examples an optimizer step, for each data-parallel process."""
     micro_batch_size: int = 0
-    """Examples in one forward pass; 0 = as many as fit, found by measuring. Differs from llama-recipes (4): nobody
-    should have to find it by trial and error. It changes speed and memory, never the result."""
+    """Most examples in one forward pass; 0 = what is fastest of all that fits, found by measuring. Differs from
+    llama-recipes (4): nobody should have to find it by trial and error. It changes speed and memory, never the result.
+    """
     num_epochs: int = 3
     """Passes over the training examples."""
     max_steps: int = 0
@@ -115,7 +116,7 @@ class TrainingConfig:
     gpu_memory_gb: float = 0.0
     """Take at most so much of each card's memory (GB, 1e9 bytes), for shared cards; 0 = all of it."""
     torch_compile: bool | None = None
-    """Compile the decoder's layers: a minute at the start, then half as fast again. Left out = where the run is long
+    """Compile the decoder's layers: up to a minute at the start, then faster. Left out = where the run is long
     enough to gain by it. Only on GPUs."""
     one_gpu: bool = False
     """Use only the first visible card. Otherwise a single process lays the model over all of them."""

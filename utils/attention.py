@@ -3,6 +3,7 @@
 Several examples lie one after another in one row; none may see another. `packed_attention` has the signature of
 transformers' attention functions and is registered under the name PACKED. On GPUs that have it, torch's variable-length
 flash attention does all examples at once; elsewhere plain scaled_dot_product_attention takes them one by one.
+`attention_forward` and `attention_backward` are the same for layers that do without autograd (utils/fused_layers.py).
 """
 
 import itertools

@@ -1,7 +1,8 @@
 """Checkpoints of a run: trainable weights and optimizer, written so that a kill at any instant leaves a whole one.
 
-The tensors are torch.distributed.checkpoint's, so that what N processes saved is read by M. A checkpoint is written
-beside its place, flushed, hashed, and renamed into it; its completion mark, with the hashes, is written last.
+The format is torch.distributed.checkpoint's, so that what N processes saved is read by M. A checkpoint is written
+beside its place, flushed and hashed; a completion mark with the hashes goes in last, and then the folder is renamed.
+Where one process can do that alone and a copy is small enough, a thread does it while training goes on.
 """
 
 import hashlib

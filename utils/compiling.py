@@ -1,4 +1,4 @@
-"""torch.compile for the parts of a training step that are many small operations."""
+"""torch.compile: whether a run gains by it, and how the plain layers are compiled."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 from utils.llama import causal_lm
 
 PAYS_FROM_TOKENS = 1_000_000
-"""A run this long wins back the minute that compiling takes (measured on an H100: 10,000 -> 17,000 tokens/s)."""
+"""A run this long wins back the minute that compiling takes (plain layers on an H100: 10,000 -> 17,000 tokens/s)."""
 
 
 def should_compile(choice: bool | None, device: torch.device, tokens: int) -> bool:

@@ -1,8 +1,8 @@
 """The base model: loaded from its folder, and its forward pass over packed rows.
 
 The modules are transformers' own; the weights are streamed from the files, one tensor at a time, straight to the device
-that they belong to and quantised there, so that loading takes little more memory than the loaded model. The decoder's
-loop stands here, because training, evaluation, chat and serving share it.
+that they belong to and quantised there, so that loading takes little more memory than the loaded model, or than a
+process's shards of it. The decoder's loop stands here, because training, evaluation, chat and serving share it.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The optimizer and its arithmetic: learning rate over the run, gradient norm and clipping, roundings, loss scale."""
+"""The optimizer and its arithmetic: learning rate, gradient norm, clipping, steps left out, roundings, loss scale."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Libraries made good neighbours: quiet on the user's terminal, and no waste of a shared CPU.
+"""Libraries made good neighbours: quiet on the user's terminal, no waste of a shared CPU or of a card's memory.
 
 Called before torch is imported, since OpenMP reads its settings then.
 """

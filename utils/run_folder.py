@@ -1,4 +1,4 @@
-"""The output folder of a run: held by one run at a time, and the place from which a run goes on."""
+"""The output folder of a run: held by one run at a time, where it goes on from, and what interruptions cost it."""
 
 import fcntl
 import os

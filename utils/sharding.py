@@ -1,4 +1,4 @@
-"""Weights shared out among processes: torch's FSDP2 (`fully_shard`; Zhao et al. 2023)."""
+"""Weights shared out among processes, and gathered again: torch's FSDP2 (`fully_shard`; Zhao et al. 2023)."""
 
 import functools
 import os
