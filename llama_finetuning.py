@@ -117,6 +117,8 @@ def fine_tune(
     say(_("Loading {folder} …", folder=folder.path))
     module = load_trainable(config, world, folder, precision)
 
+    if world.device.type == "cuda":
+        say(_("Finding the fastest micro-batch that fits (with compilation up to a minute) …"))
     trainer = Trainer(config, world, module, precision, data, start)
     decide_on_main(world, trainer.check_disk_space)
     report.before_first_step(trainer, data, say)
