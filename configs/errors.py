@@ -38,7 +38,7 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     except Interrupted as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # all workers stop together, and rank 0 says so
-            sys.exit(128 + error.signum)
+            _end(128 + error.signum)
         _leave(str(error), 128 + error.signum)
     except KeyboardInterrupt:
         _leave(_("Stopped."), 128 + signal.SIGINT)
@@ -52,7 +52,7 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
         if not _is_full_disk(error):
             raise
         _leave(_("The disk is full ({error}). Make room, then give the same command again.", error=error), 2)
-    sys.exit(0)
+    _end(0)
 
 
 def _is_full_disk(error: Exception) -> bool:
@@ -71,4 +71,14 @@ def _leave(message: str, status: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from an impatient second Ctrl-C too, no traceback
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
+    _end(status)
+
+
+def _end(status: int) -> NoReturn:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # A worker leaves without taking torch apart: once in some hundred runs, a thread of its process groups that
+        # still lived has aborted it there, after all was done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)

@@ -181,6 +181,8 @@ class TrainingConfig:
                 bits=self.quantization,
             )
         yield from self._without_effect()
+        if self.preview and self.plan:
+            yield _("--preview and --plan each print and end: give one of them")
         if self.val_set_size >= 1 and self.val_set_size != int(self.val_set_size):
             yield _("--val_set_size {value}: below 1 it is a share, from 1 on a whole number", value=self.val_set_size)
         if self.use_peft and self.freeze_layers:
@@ -207,7 +209,14 @@ class TrainingConfig:
         """Settings that were changed although another one makes them do nothing."""
         defaults = type(self)()
         conditions = {
-            "peft_method lora_config llama_adapter_config prefix_config": (self.use_peft, "--use_peft"),
+            "peft_method": (self.use_peft, "--use_peft"),
+            "lora_config": (self.use_peft and self.peft_method == "lora", "--use_peft --peft_method lora"),
+            "llama_adapter_config": (
+                self.use_peft and self.peft_method == "llama_adapter",
+                "--use_peft --peft_method llama_adapter",
+            ),
+            "prefix_config": (self.use_peft and self.peft_method == "prefix", "--use_peft --peft_method prefix"),
+            "val_set_size val_batch_size": (self.run_validation, "--run_validation"),
             "gamma": (self.scheduler == "step", "--scheduler step"),
             "warmup_ratio": (self.scheduler == "cosine", "--scheduler cosine"),
             "num_freeze_layers": (self.freeze_layers, "--freeze_layers"),

@@ -83,7 +83,9 @@ class Saver:
         self.folder.mkdir(parents=True, exist_ok=True)
         # The newest is written before the oldest goes; the result is as large as the weights.
         needed = size_of(tensors) * (self.keep + 1) + size_of({"weights": tensors["weights"]})
-        reusable = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        # What this run has there will be replaced; what was set aside stays.
+        folders = [*numbered(self.folder), *self.folder.glob("step-*" + UNFINISHED)]
+        reusable = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
         free = shutil.disk_usage(self.folder).free + reusable
         if needed > free:
             raise UserError(

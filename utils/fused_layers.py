@@ -68,6 +68,7 @@ class FusedLayers:
             self.weights[layer] = LayerWeights(
                 layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *groups
             )
+        self.dtype = dtype
         self.shape = LayerShape(attention.head_dim, layer.input_layernorm.variance_epsilon, attention.scaling)
         self.functions = Functions(fused_arithmetic.forward, fused_arithmetic.backward)
 
@@ -121,7 +122,8 @@ class FusedLayers:
         cos, sin = position_embeddings
         row = Row(cos[0], sin[0], segments.cumulative, segments.longest)
         call = _Call(self.functions, self.shape, self.weights[layer], row, recompute)
-        return _FusedLayer.apply(hidden[0], call, *self.adapters[layer]).unsqueeze(0)
+        # A trained embedding gives fp32.
+        return _FusedLayer.apply(hidden[0].to(self.dtype), call, *self.adapters[layer]).unsqueeze(0)
 
 
 class Functions(NamedTuple):

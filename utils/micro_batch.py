@@ -33,6 +33,14 @@ def token_budgets(longest_example: int, largest_step: int) -> list[int]:
     return [*dict.fromkeys(max(longest_example, math.ceil(largest_step / part)) for part in parts)]
 
 
+def cards_of(world: World) -> list[list[Any]]:
+    """Name and bytes of each of the process's cards; none on a CPU."""
+    if world.device.type == "cpu":
+        return []
+    cards = [torch.cuda.get_device_properties(device) for device in world.devices]
+    return [[card.name, card.total_memory] for card in cards]
+
+
 def remembered(
     world: World,
     kind: dict[str, Any],
@@ -47,8 +55,7 @@ def remembered(
     """
     if world.device.type == "cpu":
         return search()
-    cards = [torch.cuda.get_device_properties(device) for device in world.devices]
-    kind = kind | {"torch": torch.__version__, "cards": [[card.name, card.total_memory] for card in cards]}
+    kind = kind | {"torch": torch.__version__, "cards": cards_of(world)}
     name = hashlib.sha256(json.dumps(kind, sort_keys=True, default=str).encode()).hexdigest()[:16]
     file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-chinese" / f"{name}.json"
     known = None

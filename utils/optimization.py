@@ -142,7 +142,8 @@ class StochasticRounding(torch.optim.Optimizer):
             exact.grad = parameter.grad.float()
             self.inner.step()
             exact.grad = None
-            shard = parameter.device_mesh.get_local_rank() if hasattr(parameter, "device_mesh") else 0
+            # Of several dimensions the last one shards; replicas must round alike.
+            shard = parameter.device_mesh.get_coordinate()[-1] if hasattr(parameter, "device_mesh") else 0
             _local(parameter).copy_(round_stochastically(copy, seed_of(self.seed, steps_done, index, shard)))
             copy.untyped_storage().resize_(0)
 

@@ -14,6 +14,7 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.quantization import Quantization
 from configs.training import TrainingConfig
+from utils.checkpoint import COPIED_AT_MOST
 from utils.compiling import should_compile
 from utils.data import Data
 from utils.distributed import World
@@ -25,7 +26,7 @@ from utils.model_folder import ModelFolder
 from utils.optimization import BytesEach, check_optimizer
 from utils.packing import Schedule
 from utils.precision import choose_precision
-from utils.saving import stored_dtype
+from utils.saving import SHARD_BYTES
 
 SHARE_OF_MATMUL: dict[Kind, float] = {"fused": 0.62, "compiled": 0.55, "plain": 0.34}
 """Speed of a training step as a share of a plain large matrix product's (LoRA, measured)."""
@@ -74,7 +75,7 @@ def refuse_too_little(
 def variants(config: TrainingConfig) -> list[tuple[str, TrainingConfig]]:
     """The same run with the base model held in each way, by name; of a full fine-tuning also LoRA instead."""
     found = [] if config.use_peft else [(_("full fine-tuning"), config)]
-    adapted = replace(config, use_peft=True, freeze_layers=False, num_freeze_layers=1)
+    adapted = replace(config, use_peft=True, freeze_layers=False, num_freeze_layers=1, pure_bf16=False)
     if adapted.peft_method == "llama_adapter":  # can't be quantised
         return [*found, ("16 bit", adapted)]
     choices: tuple[Quantization | None, ...] = (None, "8bit", "4bit")
@@ -86,7 +87,8 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     """Print the plan of a run with these settings on this machine, one process."""
     shape = Shape.of(folder.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cards = torch.cuda.device_count() if device.type == "cuda" and not config.one_gpu else 1
+    visible = torch.cuda.device_count() if device.type == "cuda" and not config.one_gpu else 1
+    processes, cards = (max(2, visible), 1) if config.enable_fsdp else (1, visible)
     precision = choose_precision(device, config)
     check_optimizer(config, device)
     schedule = Schedule(
@@ -109,7 +111,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
             budgets = token_budgets(longest, math.ceil(1.02 * largest_step))
             pairs = [(kept, budget) for kept in range(shape.layers, -1, -1) for budget in budgets]
         found = [
-            (estimate(variant, shape, precision.compute.itemsize, kind, budget, kept, cards), kept, budget)
+            (estimate(variant, shape, precision.compute.itemsize, kind, budget, kept, cards, processes), kept, budget)
             for kept, budget in pairs
         ]
         fitting = [candidate for candidate in found if candidate[0].needed <= available]
@@ -120,6 +122,8 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     print(_("Plan for {model}, {examples} examples", model=folder.path, examples=len(data.training)))
     print(_("  steps        {steps} ({tokens} tokens)", steps=schedule.total_steps, tokens=f"{tokens:,}"))
     print(_("  memory       {peak} at most, of {available}", peak=_gb(parts.peak), available=_gb(available)))
+    if processes > 1:
+        print(_("               (each of {processes} processes, which share the model out)", processes=processes))
     if cards > 1:
         print(_("               (on the fullest of {cards} cards)", cards=cards))
     print(_("    weights     {size}", size=_gb(parts.weights)))
@@ -129,8 +133,8 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     print(_("    logits      {size}  (before that: the larger of the two counts)", size=_gb(parts.logits)))
     print(
         _(
-            "  main memory  {size} to save the result, of {free} free",
-            size=_gb(_to_save(config, folder, shape)),
+            "  main memory  {size} to save, of {free} free",
+            size=_gb(_to_save(config, shape)),
             free=_gb(_main_memory()),
         )
     )
@@ -143,24 +147,27 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     flops = (4 if config.use_peft else 6) * (shape.decoder_weights + shape.head_weights)
     print(_("  time         about {time}", time=duration(tokens * flops / rate)))
     print(_("What fits in {available}:", available=_gb(available)))
+    start = f"torchrun --nproc_per_node {processes}" if config.enable_fsdp else "python"
     for name, variant in variants(config):
         found, budget, fits = fit(variant)
         verdict = _("fits, rows of {tokens} tokens", tokens=budget) if fits else _("does not fit")
         print(f"  {name:20} {_gb(found.needed)}  {verdict}")
         if fits:
-            print(f"    python llama_finetuning.py {shlex.join(flags_of(replace(variant, plan=False)))}")
+            print(f"    {start} llama_finetuning.py {shlex.join(flags_of(replace(variant, plan=False)))}")
 
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:6.2f} GB"
 
 
-def _to_save(config: TrainingConfig, folder: ModelFolder, shape: Shape) -> float:
-    """Bytes of main memory that saving takes: fp32 weights, and of a whole model a copy in its stored dtype."""
-    if config.use_peft:
-        return 4.0 * trained_parameters(config, shape)
-    stored = getattr(torch, stored_dtype(folder.path)).itemsize
-    return (4.0 + stored) * (shape.decoder_weights + shape.other_weights)
+def _to_save(config: TrainingConfig, shape: Shape) -> float:
+    """Bytes of main memory that saving takes: a checkpoint's copy while it is written, or the files of the result."""
+    each, trained = BytesEach.of(config), trained_parameters(config, shape)
+    checkpoint = trained * (each.weight + (each.optimizer if config.save_optimizer else 0))
+    copied = checkpoint if checkpoint <= COPIED_AT_MOST else 0.0
+    # Weights are gathered one by one and written a file at a time.
+    result = min(each.weight * trained, SHARD_BYTES + each.weight * shape.head_weights)
+    return max(copied, result)
 
 
 def _memory_available(config: TrainingConfig, device: torch.device, cards: int) -> float:

@@ -42,6 +42,19 @@ WITHOUT_EFFECT_ON_RESULT = frozenset(
 )
 """Settings that may change between start and resumption. (The base model counts by its fingerprint, the batch by its
 global size, the length by its steps.)"""
+STRUCTURAL = (
+    "optimizer",
+    "use_peft",
+    "peft_method",
+    "lora_config.r",
+    "lora_config.target_modules",
+    "lora_config.modules_to_save",
+    "llama_adapter_config.",
+    "prefix_config.",
+    "freeze_layers",
+    "num_freeze_layers",
+)
+"""Beginnings of the settings that say which tensors are trained: with others a checkpoint can't be gone on from."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +275,14 @@ def _check_same_run(checkpoint: Checkpoint, identity: dict[str, Any], schedule: 
         )
     elif schedule.total_steps < total:
         changes.append(f"  steps: {total} -> {schedule.total_steps}")
+    structural = [change for change in changes if change.split(":")[0].strip().startswith(STRUCTURAL)]
+    if structural:
+        heading = _("{path} holds what was trained with other settings (old -> new):", path=checkpoint.path)
+        advice = _(
+            "These say what is trained, so the run can't go on with the new ones. Use the old ones, or begin anew "
+            "(--resume none)."
+        )
+        raise UserError("\n".join([heading, *structural, advice]))
     if changes and not accept:
         heading = _("{path} belongs to a run with other settings (old -> new):", path=checkpoint.path)
         advice = _("Use the old settings, go on with the new ones (--accept_changes), or begin anew (--resume none).")

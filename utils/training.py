@@ -23,7 +23,7 @@ from utils.interruptions import Interruptions
 from utils.llama import causal_lm
 from utils.memory import peak_memory_gb
 from utils.metrics import Metrics, Progress
-from utils.micro_batch import find_budget, find_sharded_budget, remembered, shrink_until_fits
+from utils.micro_batch import cards_of, find_budget, find_sharded_budget, remembered, shrink_until_fits
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
 from utils.packing import PackedBatch, pack, seed_of, share_out
 from utils.precision import Precision
@@ -92,9 +92,16 @@ class Trainer:
         state = checkpoint.state
         tensors = checkpoints.run_tensors(self.parameters, self.optimizer)
         checkpoints.load_tensors(checkpoint, tensors, self.world)
-        self.loss_scale = LossScale(**state["loss_scale"])
-        self.token_budget, self.loss_module.kept_layers = state["token_budget"], state["kept_layers"]
+        loss_scale = LossScale(**state["loss_scale"])
+        if loss_scale.is_used == self.loss_scale.is_used:  # another card may compute in another type
+            self.loss_scale = loss_scale
+        if state["memory"] == self._memory():
+            self.token_budget, self.loss_module.kept_layers = state["token_budget"], state["kept_layers"]
         self.done, self.last_eval_loss = state["step"], state["last_eval_loss"]
+
+    def _memory(self) -> list[Any]:
+        """What a micro-batch has to fit into: each card's name and size, the limit, and the number of processes."""
+        return [*cards_of(self.world), self.config.gpu_memory_gb, self.world.size]
 
     def _choose_budget(self) -> None:
         """Find the micro-batch that fills the card, trying with the longest examples; a resumed run keeps its own.
@@ -192,7 +199,7 @@ class Trainer:
         started = time.perf_counter()
         step = self.done
         rate = learning_rate(step, self.config, self.schedule)
-        result = self._step_that_fits(step, rate)
+        result = self._step(step, rate)
         self.done += 1
         tokens = sum(map(len, result.examples))
         speed = tokens / (time.perf_counter() - started)
@@ -239,11 +246,11 @@ class Trainer:
                 ),
             )
 
-    def _step_that_fits(self, step: int, rate: float) -> StepResult:
-        """A step; should memory not suffice for an unlucky batch, again with smaller micro-batches."""
+    def _gradients_that_fit(self, step: int) -> tuple[list[Example], torch.Tensor]:
+        """See _gradients; should memory not suffice for an unlucky batch, again with smaller micro-batches."""
         while True:
             try:
-                return self._step(step, rate)
+                return self._gradients(step)
             except torch.cuda.OutOfMemoryError:
                 self.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
@@ -256,7 +263,8 @@ class Trainer:
                     ) from None
                 self.token_budget = max(self.longest, self.token_budget * 3 // 4)
 
-    def _step(self, step: int, rate: float) -> StepResult:
+    def _gradients(self, step: int) -> tuple[list[Example], torch.Tensor]:
+        """A step's examples and this process's part of its loss, times the loss scale; leaves gradients behind."""
         examples, batches = self._prepared.pop((step, self.token_budget), None) or self._prepare(step)
         labels = sum(example.response_length for example in examples)
         scale = self.loss_scale.value / labels
@@ -267,6 +275,10 @@ class Trainer:
             value = self.loss_module(batch, scale if counts else 0.0)
             value.backward()
             loss += value.detach().to(loss.device)
+        return examples, loss
+
+    def _step(self, step: int, rate: float) -> StepResult:
+        examples, loss = self._gradients_that_fit(step)
         if step + 1 < self.schedule.total_steps:  # while the card is busy with this step
             self._prepared = {(step + 1, self.token_budget): self._prepare(step + 1)}
         if not is_sharded(self.loss_module):
@@ -353,6 +365,7 @@ class Trainer:
             "batch_size_training": self.config.batch_size_training,
             "has_optimizer": self.config.save_optimizer,
             "loss_scale": asdict(self.loss_scale),
+            "memory": self._memory(),
             "token_budget": self.token_budget,
             "kept_layers": self.loss_module.kept_layers,
             "last_eval_loss": self.last_eval_loss,

@@ -107,6 +107,23 @@ def test_where_they_do_not_serve_the_reason_is_named(monkeypatch, settings, dtyp
     assert "gemma" in why_not(config, {"model_type": "gemma"}, torch.device("cuda"), torch.bfloat16)
 
 
+def test_in_bf16_a_trained_embedding_does_not_change_the_type(tiny_model):
+    """It is fp32, as all that is trained; plain layers are under autocast then."""
+    lora = LoraConfig(target_modules=["all-linear"], modules_to_save=["embed_tokens"])
+    base = load_base_model(ModelFolder(tiny_model), torch.bfloat16, [CPU])
+    model = add_adapter(base, TrainingConfig(use_peft=True, lora_config=lora))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, expected_gradients = outputs_and_gradients(model, run_plain, None)
+    fused = FusedLayers(model, torch.bfloat16)
+    fused.refresh()
+    hidden, gradients = outputs_and_gradients(model, fused, None)
+    assert hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(hidden.float(), expected.float(), rtol=0.1, atol=0.1)
+    (embedding,) = (name for name in gradients if "embed_tokens" in name)
+    difference = (gradients[embedding] - expected_gradients[embedding]).norm()
+    assert difference < 0.1 * expected_gradients[embedding].norm()
+
+
 @pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
 def test_a_run_learns_the_same_and_its_adapter_is_plain_pefts(grouped_model, tmp_path, monkeypatch, quantization):
     settings = {

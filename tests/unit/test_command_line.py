@@ -159,8 +159,8 @@ def test_values_of_the_wrong_type(argv, expected):
         "--lora_config.r 0 --use_peft",
         "--lora_config.lora_dropout 1 --use_peft",
         "--lora_config.target_modules [] --use_peft",
-        "--llama_adapter_config.adapter_len 0 --use_peft",
-        "--prefix_config.num_virtual_tokens 0 --use_peft",
+        "--llama_adapter_config.adapter_len 0 --use_peft --peft_method llama_adapter",
+        "--prefix_config.num_virtual_tokens 0 --use_peft --peft_method prefix",
     ],
 )
 def test_training_values_out_of_range_are_named(argv):
@@ -173,7 +173,10 @@ def test_training_values_out_of_range_are_named(argv):
     ("argv", "needed"),
     [
         ("--peft_method prefix", "--use_peft"),
-        ("--lora_config.r 4", "--use_peft"),
+        ("--lora_config.r 4", "--use_peft --peft_method lora"),
+        ("--use_peft --peft_method prefix --lora_config.modules_to_save lm_head", "--use_peft --peft_method lora"),
+        ("--use_peft --prefix_config.num_virtual_tokens 4", "--use_peft --peft_method prefix"),
+        ("--run_validation False --val_set_size 5", "--run_validation"),
         ("--gamma 0.5", "--scheduler step"),
         ("--warmup_ratio 0.1 --scheduler constant", "--scheduler cosine"),
         ("--num_freeze_layers 2", "--freeze_layers"),
