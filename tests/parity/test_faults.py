@@ -9,6 +9,7 @@ from conftest import make_trainer, train
 
 import llama_finetuning
 from configs.errors import UserError
+from utils.checkpoint import read_checkpoint
 from utils.metrics import read_metrics
 from utils.optimization import LossScale
 from utils.training import MAX_FAILED_STEPS
@@ -95,3 +96,15 @@ def test_a_learning_rate_far_too_high_ends_with_a_diagnosis(tiny_model, data_fil
     flags += ["--lr", "1e30", "--scheduler", "constant", "--max_steps", 40, "--run_validation", "False"]
     with pytest.raises(UserError, match="steps in a row gave no finite gradient"):
         llama_finetuning.main([str(flag) for flag in flags])
+
+
+def test_a_run_that_goes_on_in_fp16_has_a_loss_scale(tiny_model, tmp_path, monkeypatch):
+    """As one does that was begun on another card, or on a CPU."""
+    settings = {"batch_size_training": 4, "max_steps": 4, "save_steps": 2}
+    train(make_trainer(tiny_model, tmp_path / "begun", **settings))
+    checkpoint = read_checkpoint(tmp_path / "begun" / "checkpoints" / "step-2")
+    assert checkpoint.state["loss_scale"]["value"] == 1.0
+    monkeypatch.setattr("utils.precision.half_precision", lambda _device, _fp16: (torch.float16, "another card"))
+    resumed = make_trainer(tiny_model, tmp_path / "resumed", checkpoint=checkpoint, **settings)
+    assert resumed.done == 2
+    assert resumed.loss_scale.is_used

@@ -168,6 +168,7 @@ def runs(model, tiny_model, data_file, tmp_path_factory):
         Case("other data", 2, FULL, flags_of_rank={1: f"--alpaca_dataset.data_path {other_data}"}),
         Case("other base", 2, FULL + FSDP, flags_of_rank={1: f"--model_name {tiny_model}"}),
         Case("no groups", 2, FULL + HYBRID),
+        Case("bf16 hybrid 4", 4, FULL + HYBRID + " --pure_bf16"),
     ]
     return run_all(CASES + more, model, data_file, folder / "out"), folder / "out"
 
@@ -183,6 +184,15 @@ def test_losses_and_weights_are_those_of_one_process(runs, name):
     assert run.weights.keys() == one.weights.keys()
     for key, weight in one.weights.items():
         torch.testing.assert_close(run.weights[key], weight, rtol=0, atol=2e-4)
+
+
+def test_replicas_round_alike(runs):
+    """Rounded differently, the groups' weights would drift apart, and the losses with them."""
+    results, _folder = runs
+    run, one = results["bf16 hybrid 4"], results["full 1"]
+    assert not any(run.errors), "\n".join(run.errors)
+    assert run.losses == pytest.approx(one.losses, rel=2**-8)
+    assert run.eval_losses == pytest.approx(one.eval_losses, rel=2**-8)
 
 
 def test_activation_checkpointing_is_the_users_choice(runs):

@@ -140,3 +140,19 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, other):
         load_tensors(read_checkpoint(tmp_path / "step-5"), other, WORLD)
     (name,) = other["weights"]
     assert str(tmp_path / "step-5") in str(caught.value) and f"weights.{name}" in str(caught.value)
+
+
+def test_room_is_counted_without_what_was_set_aside(tmp_path, monkeypatch):
+    """Two kept and one being written take 3 x 8,000 bytes of weights and optimizer, and the result its weights."""
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _folder: checkpoint.shutil._ntuple_diskusage(0, 0, 100))
+    state = tensors(1.0)
+    needed = 3 * checkpoint.size_of(state) + checkpoint.size_of({"weights": state["weights"]})
+    saver = Saver(tmp_path, World(0, 0, 1, [torch.device("cpu")]), keep=2)
+    for folder, is_enough in (("old-20260101-000000/step-3", False), ("step-3", True)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "weights").write_bytes(bytes(needed))
+        if is_enough:
+            saver.check_disk_space(state)
+        else:
+            with pytest.raises(UserError, match="Make room"):
+                saver.check_disk_space(state)

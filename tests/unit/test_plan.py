@@ -1,5 +1,6 @@
 """The memory estimate against sums made by hand and tensors counted; what the plan says of settings that can't fit."""
 
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -294,3 +295,19 @@ def test_layer_memory_of_a_fused_layer_is_less():
     )
     assert isinstance(hand, LayerMemory)
     assert hand.weights == 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_peft": True}, {"pure_bf16": True}, {"enable_fsdp": True, "pure_bf16": True}], ids=str
+)
+def test_every_command_of_the_plan_is_one_that_runs(tiny_model, data_file, tmp_path, capsys, settings):
+    config = TrainingConfig(model_name=str(tiny_model), output_dir=str(tmp_path), **settings)
+    config.alpaca_dataset.data_path = str(data_file)
+    commands = [
+        line.split("llama_finetuning.py ") for line in printed_plan(config, capsys).split("\n") if ".py" in line
+    ]
+    assert len(commands) >= 3
+    for launcher, flags in commands:
+        parsed = parse(TrainingConfig, shlex.split(flags))
+        assert not parsed.plan
+        assert ("torchrun" in launcher) == parsed.enable_fsdp

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from configs.errors import UserError
+from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from utils.adapters import DESCRIBED
 from utils.checkpoint import write_mark
@@ -57,6 +58,25 @@ def test_changes_are_named_and_can_be_accepted(tmp_path):
         find_start(settings(tmp_path, lr=0.5, weight_decay=0.1), 1, 100, FINGERPRINTS)
     start = find_start(settings(tmp_path, lr=0.5, accept_changes=True), 1, 100, FINGERPRINTS)
     assert "0.0001 -> 0.5" in start.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"lora_config": LoraConfig(r=16)}, "lora_config.r: 8 -> 16"),
+        ({"lora_config": LoraConfig(modules_to_save=["lm_head"])}, "lora_config.modules_to_save: [] -> ['lm_head']"),
+        ({"optimizer": "adamw_8bit"}, "optimizer: adamw -> adamw_8bit"),
+        ({"peft_method": "prefix"}, "peft_method: lora -> prefix"),
+    ],
+)
+def test_what_is_trained_can_not_be_changed_on_the_way(tmp_path, changed, told):
+    leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4)
+    for accept in (False, True):
+        with pytest.raises(UserError) as refused:
+            find_start(settings(tmp_path, accept_changes=accept, **changed), 1, 100, FINGERPRINTS)
+        assert told in str(refused.value)
+        assert "--resume none" in str(refused.value)
+        assert "--accept_changes" not in str(refused.value)
 
 
 def test_beginning_anew_moves_the_old_run_and_nothing_else(tmp_path):
