@@ -73,6 +73,7 @@ def fine_tune(
     """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
     from utils import report
     from utils.distributed import check_ranks_agree, check_shared, decide_on_main, was_restarted
+    from utils.fused_layers import why_not
     from utils.memory import forget_peak, limit_memory
     from utils.metrics import Metrics, draw_losses
     from utils.optimization import check_optimizer
@@ -113,6 +114,8 @@ def fine_tune(
     limit_memory(world, config.gpu_memory_gb)
     precision = choose_precision(world.device, config)
     check_optimizer(config, world.device)
+    fast = not why_not(config, folder.config, world.device, precision.compute)
+    check_ranks_agree({"compute dtype": str(precision.compute), "fast layers": fast})
     report.note_on_cards(config, folder, world, precision, max(map(len, data.training)), say)
     say(_("Loading {folder} …", folder=folder.path))
     module = load_trainable(config, world, folder, precision)

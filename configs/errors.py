@@ -49,10 +49,20 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
         where = error.filename or error
         _leave(_("Permission denied: {file}. Change its permissions (chmod), or give another one.", file=where), 2)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; it need not be imported for this
+            _leave(out_of_memory(), 2)
         if not _is_full_disk(error):
             raise
         _leave(_("The disk is full ({error}). Make room, then give the same command again.", error=error), 2)
     _end(0)
+
+
+def out_of_memory() -> str:
+    """What to tell when a card's memory does not suffice."""
+    return _(
+        "The card's memory does not suffice. Try --quantization 4bit, a smaller --max_seq_length, or end other "
+        "programs on the card."
+    )
 
 
 def _is_full_disk(error: Exception) -> bool:

@@ -14,6 +14,7 @@ from configs.training import TrainingConfig
 from utils.llama import causal_lm
 from utils.loss import CHUNK
 from utils.optimization import BytesEach
+from utils.sharding import sharding_group_size
 
 if TYPE_CHECKING:
     from utils.training import Trainer
@@ -209,7 +210,7 @@ def estimate(
         kept_layers: how many layers, from the last, keep their activations.
         cards: over which the process lays the layers; the estimate is for the last, which has the head and the layers
             that keep most.
-        shards: processes that share weights, gradients and optimizer out (FSDP).
+        shards: processes that share weights, gradients and optimizer out (FSDP; see sharding_group_size).
     """
     here = math.ceil(shape.layers / cards)
     others = shape.other_weights if cards == 1 else shape.head_weights
@@ -226,7 +227,9 @@ def estimate(
         if config.freeze_layers and cards == 1:
             frozen += shape.head_weights  # the embedding
         # Of wider weights autocast keeps a copy in the compute dtype from the forward to the backward pass.
-        weights = each.weight * frozen + (compute_bytes * base[0] if compute_bytes < each.weight else 0)
+        # (FSDP gathers layer by layer instead.)
+        copies = 0.0 if compute_bytes >= each.weight or config.enable_fsdp else compute_bytes * base[0]
+        weights = each.weight * frozen + copies
         trained = on_card * (sum(base) - frozen)
     targets = _targets(config, shape)
     layer = LAYERS[kind](shape, targets, config.lora_config.r, quantization, compute_bytes)
@@ -240,6 +243,8 @@ def estimate(
         temporary = max(temporary if kept else 0.0, again)
     # The last norm's fp32 copy, its output, the labelled rows and their gradient; logits of a chunk twice in fp32.
     logits = tokens * shape.hidden * (4 + 3 * compute_bytes) + 2 * 4.0 * CHUNK * shape.vocabulary
+    if config.enable_fsdp and config.fsdp_config.fsdp_cpu_offload:
+        weights = trained = 0.0  # they lie in host memory
     return Estimate(weights / shards, trained / shards, activations, temporary, logits)
 
 
@@ -291,5 +296,5 @@ def estimate_of_run(trainer: "Trainer") -> Estimate:
         trainer.token_budget,
         trainer.loss_module.kept_layers,
         cards=len(trainer.world.devices),
-        shards=trainer.world.size if config.enable_fsdp else 1,
+        shards=sharding_group_size(config.fsdp_config, trainer.world.size) if config.enable_fsdp else 1,
     )

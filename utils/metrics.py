@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl for programs, a progress bar or plain lines for people, a picture of the losses."""
 
+import contextlib
 import json
 import os
 import sys
@@ -152,10 +153,11 @@ class Progress:
         """Print a message without tearing the bar."""
         if not self.is_main:
             return
-        if self.bar is not None:
-            self.bar.write(message, file=sys.stdout)
-        else:
-            print(message, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # whoever listened is gone; the run goes on
+            if self.bar is not None:
+                self.bar.write(message, file=sys.stdout)
+            else:
+                print(message, flush=True)
 
     def close(self) -> None:
         """Finish the bar's line."""

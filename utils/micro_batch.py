@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
@@ -24,12 +23,14 @@ SAFE_SHARE = 0.9
 
 
 def token_budgets(longest_example: int, largest_step: int) -> list[int]:
-    """Sizes of a micro-batch to try: the largest step at once, in two, in three …, down to the longest example.
+    """Sizes of a micro-batch to try: the largest step at once, in two, in three …, down to the
+    longest example, or 1,024 tokens.
 
     Steps are shared out evenly, so sizes between would only waste memory.
     """
     least = max(longest_example, MIN_TOKENS)
-    parts = range(max(1, math.ceil(largest_step / MAX_TOKENS)), max(1, largest_step // least) + 1)
+    fewest = max(1, math.ceil(largest_step / MAX_TOKENS))
+    parts = range(fewest, max(fewest, largest_step // least) + 1)
     return [*dict.fromkeys(max(longest_example, math.ceil(largest_step / part)) for part in parts)]
 
 
@@ -43,33 +44,39 @@ def cards_of(world: World) -> list[list[Any]]:
 
 def remembered(
     world: World,
-    kind: dict[str, Any],
-    try_step: Callable[[int, int], None],
+    kind: str,
+    try_step: Callable[[int, int], None] | None,
     search: Callable[[], tuple[int, int]],
 ) -> tuple[int, int]:
-    """What an earlier run of the same kind has found, if it still fits; otherwise what `search` finds.
+    """What an earlier run of the same kind has found, if no more is free now and it still fits; otherwise `search`.
+
+    The answers lie in ~/.cache/llama2-chinese (or beneath XDG_CACHE_HOME).
 
     Args:
-        kind: all that the answer depends on, for json; the cards and torch's version are added to it.
-        try_step, search: see find_budget; `search` calls it.
+        kind: a name for all that the answer depends on.
+        try_step: see find_budget; None = it must not be tried.
+        search: finds the answer anew.
     """
     if world.device.type == "cpu":
         return search()
-    kind = kind | {"torch": torch.__version__, "cards": cards_of(world)}
-    name = hashlib.sha256(json.dumps(kind, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-chinese" / f"{name}.json"
-    known = None
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        known = json.loads(file.read_text())["micro_batch"]
+    known, free = None, _memory_limit(world)
+    with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError):
+        known = json.loads(_cache_file(kind).read_text())
     known = from_main(known)  # machines may have files of their own
-    if known and measure(world, functools.partial(try_step, *known)):
-        return known[0], known[1]
+    if known and 0.9 * free <= known["free"] <= 1.1 * free:
+        tokens, kept = known["micro_batch"]
+        if try_step is None or measure(world, functools.partial(try_step, tokens, kept)):
+            return tokens, kept
     found = search()
-    with contextlib.suppress(OSError):  # a home that can't be written to costs the next start some seconds
+    with contextlib.suppress(OSError, RuntimeError):  # a home that can't be written to costs the next start seconds
         if world.is_main:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps({"micro_batch": found, "kind": kind}, indent=1, default=str))
+            _cache_file(kind).parent.mkdir(parents=True, exist_ok=True)
+            _cache_file(kind).write_text(json.dumps({"micro_batch": found, "free": free}))
     return found
+
+
+def _cache_file(kind: str) -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-chinese" / f"{kind}.json"
 
 
 def find_budget(
@@ -121,6 +128,7 @@ def find_sharded_budget(
         return max(longest_example, CPU_TOKENS), kept_counts[-1]
     few, least, some = max(longest_example, MIN_TOKENS // 4), kept_counts[0], kept_counts[len(kept_counts) // 2]
     limit = SAFE_SHARE * _memory_limit(world)
+    try_step(few, least)  # from here on the optimizer's state is there, and workspaces
     fixed, growth = {}, {}
     for kept in (least, some):
         once, twice = (_peak(world, functools.partial(try_step, tokens, kept)) for tokens in (few, 2 * few))
@@ -192,16 +200,21 @@ def _most_kept_layers(
     return kept_counts[max(0, fits - 1)], seconds
 
 
+def _wait_for(world: World) -> None:
+    for device in world.devices:
+        torch.cuda.synchronize(device)
+
+
 def measure(world: World, attempt: Callable[[], None]) -> float | None:
     """Seconds that `attempt` takes on the slowest process, at best; None = out of memory on one of them."""
     seconds = math.inf
     try:
         attempt()  # compiles, and finds the fastest kernels
-        torch.cuda.synchronize(world.device)
+        _wait_for(world)
         for _repeat in range(3):
             start = time.perf_counter()
             attempt()
-            torch.cuda.synchronize(world.device)
+            _wait_for(world)
             seconds = min(seconds, time.perf_counter() - start)
     except torch.cuda.OutOfMemoryError:
         seconds = math.inf

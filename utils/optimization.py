@@ -91,9 +91,10 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
             if state:
                 continue
             if isinstance(optimizer, torch.optim.AdamW):
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                moments = [torch.zeros_like(parameter, memory_format=torch.preserve_format) for _moment in range(2)]
+                steps = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                # All or nothing: memory may give out on the way.
+                state.update(step=steps, exp_avg=moments[0], exp_avg_sq=moments[1])
             else:
                 optimizer.init_state(group, parameter, group_index, index)
 

@@ -27,6 +27,7 @@ from utils.optimization import BytesEach, check_optimizer
 from utils.packing import Schedule
 from utils.precision import choose_precision
 from utils.saving import SHARD_BYTES
+from utils.sharding import sharding_group_size
 
 SHARE_OF_MATMUL: dict[Kind, float] = {"fused": 0.62, "compiled": 0.55, "plain": 0.34}
 """Speed of a training step as a share of a plain large matrix product's (LoRA, measured)."""
@@ -50,7 +51,7 @@ def refuse_too_little(
     config: TrainingConfig, shape: Shape, compute_bytes: int, longest: int, limit: float, world: World
 ) -> None:
     """As check_memory, for cards of `limit` bytes and a longest example of `longest` tokens."""
-    shards = world.size if config.enable_fsdp else 1
+    shards = sharding_group_size(config.fsdp_config, world.size) if config.enable_fsdp else 1
 
     def least(variant: TrainingConfig) -> Estimate:
         return estimate(variant, shape, compute_bytes, "plain", longest, 0, len(world.devices), shards)
@@ -84,7 +85,7 @@ def variants(config: TrainingConfig) -> list[tuple[str, TrainingConfig]]:
 
 
 def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
-    """Print the plan of a run with these settings on this machine, one process."""
+    """Print the plan of a run with these settings on this machine: one process, or with FSDP one for each card."""
     shape = Shape.of(folder.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     visible = torch.cuda.device_count() if device.type == "cuda" and not config.one_gpu else 1
@@ -92,7 +93,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     precision = choose_precision(device, config)
     check_optimizer(config, device)
     schedule = Schedule(
-        len(data.training), config.batch_size_training, config.num_epochs, config.max_steps, config.seed
+        len(data.training), config.batch_size_training * processes, config.num_epochs, config.max_steps, config.seed
     )
     tokens_per_epoch = sum(map(len, data.training))
     tokens = round(tokens_per_epoch * schedule.total_steps / schedule.steps_per_epoch)
@@ -145,7 +146,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     print(_("  disk         {needed} of {free} free", needed=_gb(needed), free=_gb(free)))
     rate = _matmul_flops(device, precision.compute) * SHARE_OF_MATMUL[kind]
     flops = (4 if config.use_peft else 6) * (shape.decoder_weights + shape.head_weights)
-    print(_("  time         about {time}", time=duration(tokens * flops / rate)))
+    print(_("  time         about {time}", time=duration(tokens * flops / rate / processes)))
     print(_("What fits in {available}:", available=_gb(available)))
     start = f"torchrun --nproc_per_node {processes}" if config.enable_fsdp else "python"
     for name, variant in variants(config):

@@ -21,7 +21,6 @@ from utils.fused_layers import why_not
 from utils.llama import causal_lm
 from utils.memory import peak_memory_gb
 from utils.metrics import LOSS_PICTURE, METRICS, train_losses
-from utils.micro_batch import token_budgets
 from utils.model_folder import ModelFolder
 from utils.optimization import learning_rate
 from utils.precision import Precision
@@ -72,8 +71,7 @@ def note_on_cards(
         return
     free = min(torch.cuda.mem_get_info(device)[0] for device in world.devices)
     available = min(free, config.gpu_memory_gb * 1e9) if config.gpu_memory_gb else free
-    tokens = token_budgets(longest, 0)[-1]
-    least = estimate(config, Shape.of(folder.config), precision.compute.itemsize, "plain", tokens, 0)
+    least = estimate(config, Shape.of(folder.config), precision.compute.itemsize, "plain", longest, 0)
     if least.needed <= available:
         cards = len(world.devices)
         say(

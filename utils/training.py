@@ -1,6 +1,9 @@
 """The training loop: steps, evaluations, checkpoints, and an end that loses nothing."""
 
+import contextlib
 import gc
+import hashlib
+import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -9,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from configs.errors import Interrupted, UserError
+from configs.errors import Interrupted, UserError, out_of_memory
 from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example
@@ -18,7 +21,7 @@ from utils.adapters import trainable_parameters
 from utils.checkpoint import Checkpoint
 from utils.compiling import should_compile
 from utils.data import Data
-from utils.distributed import World, barrier, sum_across, sum_gradients, total_across
+from utils.distributed import World, barrier, same_on_all, sum_across, sum_gradients, total_across
 from utils.interruptions import Interruptions
 from utils.llama import causal_lm
 from utils.memory import peak_memory_gb
@@ -74,6 +77,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.parameters.values(), config)
         self.loss_scale = LossScale.for_dtype(precision.compute)
         self.token_budget = 0
+        self.micro_batch: tuple[Any, ...] = ("", 0, 0)
+        """Of the run that this one goes on from: kind, token budget, layers that keep their activations."""
         self._prepared: dict[tuple[int, int], tuple[list[Example], list[tuple[PackedBatch, bool]]]] = {}
         self.done = 0
         self.failed_in_a_row = 0
@@ -95,13 +100,8 @@ class Trainer:
         loss_scale = LossScale(**state["loss_scale"])
         if loss_scale.is_used == self.loss_scale.is_used:  # another card may compute in another type
             self.loss_scale = loss_scale
-        if state["memory"] == self._memory():
-            self.token_budget, self.loss_module.kept_layers = state["token_budget"], state["kept_layers"]
+        self.micro_batch = tuple(state["micro_batch"])
         self.done, self.last_eval_loss = state["step"], state["last_eval_loss"]
-
-    def _memory(self) -> list[Any]:
-        """What a micro-batch has to fit into: each card's name and size, the limit, and the number of processes."""
-        return [*cards_of(self.world), self.config.gpu_memory_gb, self.world.size]
 
     def _choose_budget(self) -> None:
         """Find the micro-batch that fills the card, trying with the longest examples; a resumed run keeps its own.
@@ -119,37 +119,46 @@ class Trainer:
         layers = len(causal_lm(self.model).model.layers)
         recompute = self.config.fsdp_config.fsdp_activation_checkpointing
         kept_counts = range(layers + 1) if recompute is None else [0 if recompute else layers]
-        if not self.token_budget or self.loss_module.kept_layers not in kept_counts:
-            # Processes do not share a step out quite evenly.
-            largest_step = math.ceil(
-                1.02 * self.schedule.largest_step([len(example) for example in self.training]) / self.world.size
-            )
+        # Processes do not share a step out quite evenly.
+        step = self.schedule.largest_step([len(example) for example in self.training])
+        self.largest_step = math.ceil(1.02 * step / self.world.size)
+        self.kind = self._kind()
+        kind, *resumed = self.micro_batch
+        if kind == self.kind:
+            self.token_budget, self.loss_module.kept_layers = resumed
+        else:
             find = find_sharded_budget if is_sharded(self.loss_module) else find_budget
             self.token_budget, self.loss_module.kept_layers = remembered(
                 self.world,
-                self._kind(largest_step),
-                self._try_micro_batch,
-                lambda: find(self.world, self.longest, largest_step, kept_counts, self._try_micro_batch),
+                self.kind,
+                # Trying may break off out of memory, on one process alone; sharded ones would wait for it.
+                None if is_sharded(self.loss_module) else self._try_micro_batch,
+                lambda: find(self.world, self.longest, self.largest_step, kept_counts, self._try_micro_batch),
             )
         if self.compiles and not fused:
             self.loss_module.compile()
-            self.token_budget = shrink_until_fits(
-                self.world, self.longest, self.token_budget, self.loss_module.kept_layers, self._try_micro_batch
-            )
+            if not is_sharded(self.loss_module):
+                self.token_budget = shrink_until_fits(
+                    self.world, self.longest, self.token_budget, self.loss_module.kept_layers, self._try_micro_batch
+                )
 
-    def _kind(self, largest_step: int) -> dict[str, Any]:
-        """All that the largest micro-batch depends on, beside the cards."""
+    def _kind(self) -> str:
+        """All that the best micro-batch depends on, the cards of all processes included; the same on all."""
         settings = self.config.flat()
-        names = "gpu_memory_gb use_peft peft_method quantization optimizer pure_bf16 freeze_layers num_freeze_layers"
+        names = "use_peft peft_method quantization optimizer pure_bf16 freeze_layers num_freeze_layers micro_batch_size"
         chosen = {name for name in settings if name in names.split() or "_config." in name}
-        return {name: settings[name] for name in chosen} | {
+        limits = same_on_all(json.dumps([cards_of(self.world), self.config.gpu_memory_gb]))
+        kind = {name: settings[name] for name in chosen} | {
+            "torch": torch.__version__,
+            "cards": limits,
             "model": causal_lm(self.model).config.to_dict(),
             "compute": str(self.precision.compute),
             "compiles": self.compiles,
-            "sharded": self.world.size if is_sharded(self.loss_module) else 0,
+            "sharded": is_sharded(self.loss_module),
             "longest": self.longest,
-            "largest_step": largest_step,
+            "largest_step": self.largest_step,
         }
+        return hashlib.sha256(json.dumps(kind, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def _try_micro_batch(self, token_budget: int, kept_layers: int) -> None:
         """Let the longest examples that fill a micro-batch go forward and backward, and take nothing from it."""
@@ -160,6 +169,9 @@ class Trainer:
             chosen.append(example)
             total += len(example)
         self.loss_module.kept_layers = kept_layers
+        if token_budget < self.largest_step:  # from a step's second micro-batch on, gradients lie beside
+            for parameter in self.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
         try:
             self.loss_module(pack(chosen, self.world.device, self.longest, token_budget), 0.0).backward()
             assert all(p.grad is not None for p in self.parameters.values()), "a trainable parameter without a gradient"
@@ -249,19 +261,14 @@ class Trainer:
     def _gradients_that_fit(self, step: int) -> tuple[list[Example], torch.Tensor]:
         """See _gradients; should memory not suffice for an unlucky batch, again with smaller micro-batches."""
         while True:
-            try:
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
                 return self._gradients(step)
-            except torch.cuda.OutOfMemoryError:
-                self.optimizer.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-                if self.world.size > 1 or self.token_budget <= self.longest:
-                    raise UserError(
-                        _(
-                            "The card's memory does not suffice for a step. Try --quantization 4bit, a smaller "
-                            "--max_seq_length, or end other programs on the card."
-                        )
-                    ) from None
-                self.token_budget = max(self.longest, self.token_budget * 3 // 4)
+            recover(self.loss_module)
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            if self.world.size > 1 or self.token_budget <= self.longest:
+                raise UserError(out_of_memory())
+            self.token_budget = max(self.longest, self.token_budget * 3 // 4)
 
     def _gradients(self, step: int) -> tuple[list[Example], torch.Tensor]:
         """A step's examples and this process's part of its loss, times the loss scale; leaves gradients behind."""
@@ -365,9 +372,7 @@ class Trainer:
             "batch_size_training": self.config.batch_size_training,
             "has_optimizer": self.config.save_optimizer,
             "loss_scale": asdict(self.loss_scale),
-            "memory": self._memory(),
-            "token_budget": self.token_budget,
-            "kept_layers": self.loss_module.kept_layers,
+            "micro_batch": [self.kind, self.token_budget, self.loss_module.kept_layers],
             "last_eval_loss": self.last_eval_loss,
         }
         step, folder = self.done, self.config.checkpoints_dir

@@ -34,6 +34,7 @@ def test_sizes_are_the_largest_step_in_equal_parts():
     assert token_budgets(3000, 8000) == [8000, 4000]
     assert token_budgets(9000, 8000) == [9000]
     assert token_budgets(10, 100) == [100]
+    assert token_budgets(60_000, 131_073) == [60_000]
     assert max(token_budgets(10, 1_000_000)) <= 65_536
 
 
@@ -85,13 +86,12 @@ def test_a_sharded_search_never_tries_what_does_not_fit(monkeypatch, memory):
 
 def test_an_earlier_runs_answer_is_used_as_long_as_it_fits(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    properties = type("Properties", (), {"name": "a card", "total_memory": 16})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     card = Card(60_000, monkeypatch)
+    monkeypatch.setattr(micro_batch, "_memory_limit", lambda _world: card.memory)
 
     def ask(kind: str) -> tuple[int, int]:
         card.trials.clear()
-        return remembered(CARD, {"kind": kind}, card.try_step, card.search)
+        return remembered(CARD, kind, card.try_step, card.search)
 
     found = ask("one")
     assert len(card.trials) > 1
@@ -103,6 +103,19 @@ def test_an_earlier_runs_answer_is_used_as_long_as_it_fits(monkeypatch, tmp_path
     smaller = ask("one")
     assert smaller != found
     assert ask("one") == smaller
-    (next(tmp_path.rglob("*.json"))).write_text("{")
-    (tmp_path / "llama2-chinese").chmod(0o500)
-    assert ask("one") == smaller
+    card.memory = 60_000  # the other program has gone
+    assert ask("one") == found
+    (tmp_path / "llama2-chinese" / "one.json").write_text("{")
+    assert ask("one") == found
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert ask("one") == found
+
+
+def test_what_must_not_be_tried_is_trusted(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    card = Card(60_000, monkeypatch)
+    monkeypatch.setattr(micro_batch, "_memory_limit", lambda _world: card.memory)
+    found = remembered(CARD, "one", None, card.search)
+    card.trials.clear()
+    assert remembered(CARD, "one", None, card.search) == found
+    assert not card.trials
