@@ -91,7 +91,8 @@ class TrainingConfig:
     val_set_size: float = 0.05
     """Examples held out: below 1 a share (200 at most), else their number."""
     val_batch_size: int = 0
-    """Examples in one forward pass of validation; 0 = as in training. Differs from llama-recipes (1): that is slow."""
+    """Most examples in one forward pass of validation; 0 = as many as training's rows have room for. Differs from
+    llama-recipes (1): that is slow."""
 
     save_model: bool = True
     """Save the adapter (or the model) at the end; False keeps the metrics alone."""

@@ -53,7 +53,8 @@ class FusedLayers:
         self._parameters: list[nn.Parameter] = []
         self._copies: list[torch.Tensor] = []
         self._scalings: list[float] = []
-        for layer in causal_lm(model).model.layers:
+        layers = causal_lm(model).model.layers
+        for layer in layers:
             attention, mlp = layer.self_attn, layer.mlp
             self.adapters[layer] = []
             groups = [
@@ -69,7 +70,10 @@ class FusedLayers:
                 layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *groups
             )
         self.dtype = dtype
-        self.shape = LayerShape(attention.head_dim, layer.input_layernorm.variance_epsilon, attention.scaling)
+        first = layers[0]
+        self.shape = LayerShape(
+            first.self_attn.head_dim, first.input_layernorm.variance_epsilon, first.self_attn.scaling
+        )
         self.functions = Functions(fused_arithmetic.forward, fused_arithmetic.backward)
 
     def _group(self, layer: nn.Module, dtype: torch.dtype, *modules: nn.Module) -> Group:

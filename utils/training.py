@@ -245,18 +245,21 @@ class Trainer:
         if interrupt and not is_last:
             failed = self.saver.wait()
             barrier()  # a process that left would make torchrun end the one that still writes
-            raise Interrupted(
-                interrupt,
-                _("Stopped at step {step}. --resume auto goes on from the last whole checkpoint.", step=self.done)
-                if failed
-                else _(
-                    "Stopped at step {step}; everything is saved. The same command goes on from there.", step=self.done
-                )
-                if self.config.resume == "auto"
-                else _(
-                    "Stopped at step {step}; everything is saved. Go on from there with --resume auto.", step=self.done
-                ),
+            raise Interrupted(interrupt, self._stopped(failed))
+
+    def _stopped(self, failed: str) -> str:
+        """What to tell at an end that was asked for, after a last save that may have failed."""
+        if failed:
+            return _("Stopped at step {step}. --resume auto goes on from the last whole checkpoint.", step=self.done)
+        if not self.config.save_optimizer:
+            return _(
+                "Stopped at step {step}. Without the optimizer (--save_optimizer False) this was all.", step=self.done
             )
+        if self.config.resume == "auto":
+            return _(
+                "Stopped at step {step}; everything is saved. The same command goes on from there.", step=self.done
+            )
+        return _("Stopped at step {step}; everything is saved. Go on from there with --resume auto.", step=self.done)
 
     def _gradients_that_fit(self, step: int) -> tuple[list[Example], torch.Tensor]:
         """See _gradients; should memory not suffice for an unlucky batch, again with smaller micro-batches."""
