@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import library
 from torch.nn.functional import silu
 
 from utils.attention import attention_backward, attention_forward
@@ -213,11 +214,11 @@ def _linear_backward(
 
 
 # The large product is added onto the small one by the matrix kernel itself. The compiler, left alone, would copy.
-_library = torch.library.Library("llama2_chinese", "DEF")
-_library.define("add_product_(Tensor(a!) total, Tensor a, Tensor b) -> ()")
+_operators = library.Library("llama2_chinese", "DEF")
+_operators.define("add_product_(Tensor(a!) total, Tensor a, Tensor b) -> ()")
 
 
-@torch.library.impl(_library, "add_product_", "CompositeExplicitAutograd")
+@library.impl(_operators, "add_product_", "CompositeExplicitAutograd")
 def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     total.addmm_(a, b)
 
