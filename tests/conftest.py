@@ -233,6 +233,13 @@ def adapter_hash(output: Path) -> str:
     return hashlib.sha256((output / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
+def assert_same_result(output: Path, undisturbed: Path) -> None:
+    """Every loss and the adapter's bytes are those of the run that nothing disturbed."""
+    assert losses_of(output) == losses_of(undisturbed)
+    assert held_out_losses_of(output) == held_out_losses_of(undisturbed)
+    assert adapter_hash(output) == adapter_hash(undisturbed)
+
+
 @pytest.fixture(scope="session")
 def finished(tiny_model, data_file, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """The README's command, run to its end without a disturbance."""

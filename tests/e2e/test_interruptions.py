@@ -10,7 +10,7 @@ from conftest import (
     ENVIRONMENT,
     ROOT,
     STEPS,
-    adapter_hash,
+    assert_same_result,
     held_out_losses_of,
     losses_of,
     metrics_of,
@@ -49,9 +49,7 @@ def test_a_killed_run_goes_on_and_ends_exactly_as_if_never_killed(
     assert f"Interruptions: 1; steps that had to be done again: {killed_at - newest} of {STEPS}" in resumed.stdout
     # Not begun anew: the lines up to the checkpoint are the killed run's own, its timings among them.
     assert [line for line in metrics_of(output) if line["step"] <= newest] == before
-    assert losses_of(output) == losses_of(finished[0])
-    assert held_out_losses_of(output) == held_out_losses_of(finished[0])
-    assert adapter_hash(output) == adapter_hash(finished[0])
+    assert_same_result(output, finished[0])
 
 
 def test_a_run_is_alone_in_its_folder_and_saves_itself_when_told_to_stop(
@@ -83,9 +81,7 @@ def test_a_run_is_alone_in_its_folder_and_saves_itself_when_told_to_stop(
     resumed = torchrun(1, *flags)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"checkpoints/step-{stopped_at}" in resumed.stdout
-    assert losses_of(output) == losses_of(finished[0])
-    assert held_out_losses_of(output) == held_out_losses_of(finished[0])
-    assert adapter_hash(output) == adapter_hash(finished[0])
+    assert_same_result(output, finished[0])
 
 
 def test_a_run_that_loses_one_of_two_processes_goes_on_exactly(
@@ -103,9 +99,7 @@ def test_a_run_that_loses_one_of_two_processes_goes_on_exactly(
     resumed = torchrun(2, *flags)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "Going on from" in resumed.stdout
-    assert losses_of(output) == losses_of(finished_by_two[0])
-    assert held_out_losses_of(output) == held_out_losses_of(finished_by_two[0])
-    assert adapter_hash(output) == adapter_hash(finished_by_two[0])
+    assert_same_result(output, finished_by_two[0])
 
 
 def test_a_run_is_stopped_in_every_way_and_goes_on_with_another_number_of_processes(
