@@ -4,6 +4,7 @@ Everything here is a pure function of the seed, the step and the examples' lengt
 with any number of processes, without stored state.
 """
 
+import functools
 import hashlib
 import heapq
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ class Schedule:
     def indices(self, step: int) -> np.ndarray:
         """Indices of the examples of a step (from 0), in the pass's seeded order."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.examples)
+        order = _order(self.examples, self.seed, epoch)
         start = within * self.global_batch_size
         return order[start : start + self.global_batch_size]
 
@@ -66,6 +67,12 @@ class Schedule:
         """Most tokens of a step, of the first 200, where example i has lengths[i]."""
         array = np.asarray(lengths)
         return max(int(array[self.indices(step)].sum()) for step in range(min(self.total_steps, 200)))
+
+
+@functools.lru_cache(maxsize=2)
+def _order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The seeded order of a pass over the data; not to be written to."""
+    return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
 def share_out(lengths: Sequence[int], token_budget: int, world_size: int, micro_batch_size: int = 0) -> list[list[int]]:
