@@ -1,6 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and an end that loses nothing."""
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -26,7 +27,7 @@ from utils.interruptions import Interruptions
 from utils.llama import causal_lm
 from utils.memory import peak_memory_gb
 from utils.metrics import Metrics, Progress
-from utils.micro_batch import cards_of, find_budget, find_sharded_budget, remembered, shrink_until_fits
+from utils.micro_batch import Search, cards_of
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
 from utils.packing import PackedBatch, pack, seed_of, share_out
 from utils.precision import Precision
@@ -123,24 +124,21 @@ class Trainer:
         step = self.schedule.largest_step([len(example) for example in self.training])
         self.largest_step = math.ceil(1.02 * step / self.world.size)
         self.kind = self._kind()
+        longest_first = sorted(self.training, key=len, reverse=True)
+        search = Search(
+            self.world,
+            self.longest,
+            self.largest_step,
+            kept_counts,
+            functools.partial(self._try_micro_batch, longest_first),
+            is_sharded(self.loss_module),
+        )
         kind, *resumed = self.micro_batch
-        if kind == self.kind:
-            self.token_budget, self.loss_module.kept_layers = resumed
-        else:
-            find = find_sharded_budget if is_sharded(self.loss_module) else find_budget
-            self.token_budget, self.loss_module.kept_layers = remembered(
-                self.world,
-                self.kind,
-                # Trying may break off out of memory, on one process alone; sharded ones would wait for it.
-                None if is_sharded(self.loss_module) else self._try_micro_batch,
-                lambda: find(self.world, self.longest, self.largest_step, kept_counts, self._try_micro_batch),
-            )
+        self.token_budget, self.loss_module.kept_layers = resumed if kind == self.kind else search.best(self.kind)
         if self.compiles and not fused:
             self.loss_module.compile()
-            if not is_sharded(self.loss_module):
-                self.token_budget = shrink_until_fits(
-                    self.world, self.longest, self.token_budget, self.loss_module.kept_layers, self._try_micro_batch
-                )
+            if not search.is_sharded:
+                self.token_budget = search.shrunk(self.token_budget, self.loss_module.kept_layers)
 
     def _kind(self) -> str:
         """All that the best micro-batch depends on, the cards of all processes included; the same on all."""
@@ -160,10 +158,10 @@ class Trainer:
         }
         return hashlib.sha256(json.dumps(kind, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def _try_micro_batch(self, token_budget: int, kept_layers: int) -> None:
+    def _try_micro_batch(self, longest_first: list[Example], token_budget: int, kept_layers: int) -> None:
         """Let the longest examples that fill a micro-batch go forward and backward, and take nothing from it."""
         chosen, total = [], 0
-        for example in sorted(self.training, key=len, reverse=True):
+        for example in longest_first:
             if chosen and total + len(example) > token_budget:
                 break
             chosen.append(example)

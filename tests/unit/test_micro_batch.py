@@ -5,7 +5,7 @@ import torch
 
 from utils import micro_batch
 from utils.distributed import World
-from utils.micro_batch import find_budget, find_sharded_budget, remembered, token_budgets
+from utils.micro_batch import Search, token_budgets
 
 LAYERS = 32
 CARD = World(0, 0, 1, [torch.device("cuda", 0)])
@@ -26,7 +26,10 @@ class Card:
         return (tokens + 300) * (1 + (LAYERS - kept) / LAYERS / 2)
 
     def search(self, longest=500, largest_step=8000, kept_counts=range(LAYERS + 1)) -> tuple[int, int]:
-        return find_budget(CARD, longest, largest_step, kept_counts, self.try_step)
+        return self.asked(longest, largest_step, kept_counts).by_trying()
+
+    def asked(self, longest=500, largest_step=8000, kept_counts=range(LAYERS + 1), is_sharded=False) -> Search:
+        return Search(CARD, longest, largest_step, kept_counts, self.try_step, is_sharded)
 
 
 def test_sizes_are_the_largest_step_in_equal_parts():
@@ -75,7 +78,7 @@ def test_a_sharded_search_never_tries_what_does_not_fit(monkeypatch, memory):
 
     monkeypatch.setattr(micro_batch, "_peak", peak)
     monkeypatch.setattr(micro_batch, "_memory_limit", lambda _world: memory)
-    tokens, kept = find_sharded_budget(CARD, 100, 8000, range(LAYERS + 1), card.try_step)
+    tokens, kept = card.asked(longest=100).by_extrapolation()
     assert tokens * (4 + kept) <= 0.9 * memory
     if memory >= 400_000:
         assert (tokens, kept) == (8000, LAYERS)
@@ -91,7 +94,7 @@ def test_an_earlier_runs_answer_is_used_as_long_as_it_fits(monkeypatch, tmp_path
 
     def ask(kind: str) -> tuple[int, int]:
         card.trials.clear()
-        return remembered(CARD, kind, card.try_step, card.search)
+        return card.asked().best(kind)
 
     found = ask("one")
     assert len(card.trials) > 1
@@ -115,7 +118,8 @@ def test_what_must_not_be_tried_is_trusted(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     card = Card(60_000, monkeypatch)
     monkeypatch.setattr(micro_batch, "_memory_limit", lambda _world: card.memory)
-    found = remembered(CARD, "one", None, card.search)
+    monkeypatch.setattr(micro_batch, "_peak", lambda _world, attempt: attempt() and 1000.0)
+    found = card.asked(longest=100, is_sharded=True).best("one")
     card.trials.clear()
-    assert remembered(CARD, "one", None, card.search) == found
+    assert card.asked(longest=100, is_sharded=True).best("one") == found
     assert not card.trials
