@@ -116,6 +116,9 @@ class TrainingConfig:
 
     gpu_memory_gb: float = 0.0
     """Take at most so much of each card's memory (GB, 1e9 bytes), for shared cards; 0 = all of it."""
+    activation_offload: bool = True
+    """Where activations do not all fit on the card, let some wait in main memory if that is faster than computing them
+    again (it is tried); False = leave main memory alone."""
     torch_compile: bool | None = None
     """Compile the decoder's layers: up to a minute at the start, then faster. Left out = where the run is long
     enough to gain by it. Only on GPUs."""

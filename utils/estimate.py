@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from configs.peft import ALL_LINEAR
 from configs.quantization import Quantization
 from configs.training import TrainingConfig
+from utils.activations import MicroBatch
 from utils.llama import causal_lm
 from utils.loss import CHUNK
+from utils.micro_batch import rows_together
 from utils.optimization import BytesEach
 from utils.sharding import sharding_group_size
 
@@ -197,20 +199,20 @@ def estimate(
     shape: Shape,
     compute_bytes: int,
     kind: Kind,
-    tokens: int,
-    kept_layers: int,
+    micro_batch: MicroBatch,
     cards: int = 1,
     shards: int = 1,
+    rows: int = 1,
 ) -> Estimate:
     """Memory of one process.
 
     Args:
         kind: how layers are computed.
-        tokens: of a micro-batch.
-        kept_layers: how many layers, from the last, keep their activations.
+        micro_batch: whose full rows are meant.
         cards: over which the process lays the layers; the estimate is for the last, which has the head and the layers
             that keep most.
         shards: processes that share weights, gradients and optimizer out (FSDP; see sharding_group_size).
+        rows: how many go forward before the first goes backward.
     """
     here = math.ceil(shape.layers / cards)
     others = shape.other_weights if cards == 1 else shape.head_weights
@@ -234,8 +236,9 @@ def estimate(
     targets = _targets(config, shape)
     layer = LAYERS[kind](shape, targets, config.lora_config.r, quantization, compute_bytes)
     gathered = compute_bytes * shape.layer_weights if shards > 1 else 0.0
-    kept = min(kept_layers, here)
-    activations = tokens * (kept * layer.kept + (here - kept) * layer.recomputed)
+    tokens, kept = micro_batch.token_budget, min(micro_batch.kept_layers, here)
+    in_transit = min(2, micro_batch.offloads(here - kept))  # see Offloaded
+    activations = rows * tokens * ((kept + in_transit) * layer.kept + (here - kept) * layer.recomputed)
     temporary = tokens * layer.temporary + layer.weights + gathered
     if kept < here:
         # Layers that recompute come last in the backward pass, when those that kept theirs have let go of them.
@@ -293,8 +296,8 @@ def estimate_of_run(trainer: "Trainer") -> Estimate:
         Shape.of(model.config.to_dict()),
         trainer.precision.compute.itemsize,
         "fused" if trainer.loss_module.fused else "compiled" if trainer.compiles else "plain",
-        trainer.token_budget,
-        trainer.loss_module.kept_layers,
+        trainer.micro_batch,
         cards=len(trainer.world.devices),
         shards=sharding_group_size(config.fsdp_config, trainer.world.size) if config.enable_fsdp else 1,
+        rows=min(rows_together(trainer.world), math.ceil(trainer.largest_step / trainer.micro_batch.token_budget)),
     )

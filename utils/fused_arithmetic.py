@@ -72,16 +72,19 @@ class LayerWeights(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs beside the layer's input; `narrow` are the groups' inputs times A, [length, r]."""
+    """What the backward pass needs beside the layer's input; `narrow` are the groups' inputs times A, [length, r].
+
+    `log_sum_exp` is [heads, length].
+    """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     attention: torch.Tensor
-    log_sum_exp: torch.Tensor
     middle: torch.Tensor
     gate: torch.Tensor
     up: torch.Tensor
+    log_sum_exp: torch.Tensor
     narrow: tuple[torch.Tensor | None, ...]
 
 
@@ -110,7 +113,7 @@ def forward(
     activation = _gated(gate, up)
     narrow_down = _narrow(activation, weights.down)
     narrow = (narrow_qkv, narrow_output, narrow_gate_up, narrow_down)
-    saved = Saved(query, key, value, attention, log_sum_exp, middle, gate, up, narrow)
+    saved = Saved(query, key, value, attention, middle, gate, up, log_sum_exp, narrow)
     if not whole:
         return None, saved
     (down,) = _wide(activation, narrow_down, weights.down)

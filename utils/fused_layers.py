@@ -13,8 +13,9 @@ from torch import nn
 from configs.messages import _
 from configs.training import TrainingConfig
 from utils import fused_arithmetic
+from utils.activations import Kept
 from utils.attention import Segments, has_varlen
-from utils.fused_arithmetic import Group, LayerShape, LayerWeights, Linear, Row
+from utils.fused_arithmetic import Group, LayerShape, LayerWeights, Linear, Row, Saved
 from utils.llama import causal_lm
 from utils.quantization import QuantizedLinear
 
@@ -74,6 +75,10 @@ class FusedLayers:
         self.shape = LayerShape(
             first.self_attn.head_dim, first.input_layernorm.variance_epsilon, first.self_attn.scaling
         )
+        linears = (first.self_attn.q_proj, first.self_attn.k_proj, first.self_attn.v_proj, first.self_attn.o_proj)
+        widths = [linear.out_features for linear in (*linears, first.mlp.gate_proj, first.mlp.up_proj)]
+        self.bytes_a_token = (sum(widths) + first.self_attn.o_proj.in_features) * dtype.itemsize
+        """What a layer keeps for its backward pass, but for the adapters' narrow products."""
         self.functions = Functions(fused_arithmetic.forward, fused_arithmetic.backward)
 
     def _group(self, layer: nn.Module, dtype: torch.dtype, *modules: nn.Module) -> Group:
@@ -117,7 +122,7 @@ class FusedLayers:
         self,
         layer: nn.Module,
         hidden: torch.Tensor,
-        recompute: bool,
+        activations: Kept,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         segments: Segments,
         **_plain: Any,
@@ -125,7 +130,7 @@ class FusedLayers:
         """See run_plain."""
         cos, sin = position_embeddings
         row = Row(cos[0], sin[0], segments.cumulative, segments.longest)
-        call = _Call(self.functions, self.shape, self.weights[layer], row, recompute)
+        call = _Call(self.functions, self.shape, self.weights[layer], row, activations, torch.is_grad_enabled())
         # A trained embedding gives fp32.
         return _FusedLayer.apply(hidden[0].to(self.dtype), call, *self.adapters[layer]).unsqueeze(0)
 
@@ -144,7 +149,8 @@ class _Call(NamedTuple):
     shape: LayerShape
     weights: LayerWeights
     row: Row
-    recompute: bool
+    activations: Kept
+    has_backward: bool
 
 
 class _FusedLayer(torch.autograd.Function):
@@ -155,19 +161,23 @@ class _FusedLayer(torch.autograd.Function):
         hidden = hidden.detach()  # whether it takes a gradient must not make other code
         _mark_length(hidden, *call.row[:3])
         output, saved = call.functions.forward(hidden, call.row, call.shape, call.weights, True)
-        ctx.call, ctx.saved = call, None if call.recompute else saved
-        ctx.save_for_backward(hidden)
+        if call.has_backward:
+            call.activations.put(saved[:-1])
+            ctx.call, ctx.narrow = call, saved.narrow
+            ctx.save_for_backward(hidden)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (hidden,), call, saved = ctx.saved_tensors, ctx.call, ctx.saved
-        ctx.saved = None
+        (hidden,), call, narrow = ctx.saved_tensors, ctx.call, ctx.narrow
+        ctx.narrow = None
         _mark_length(hidden, *call.row[:3])
-        if saved is None:
+        if tensors := call.activations.get():
+            saved = Saved(*tensors, narrow)
+        else:
             _nothing, saved = call.functions.forward(hidden, call.row, call.shape, call.weights, False)
         (grad_output,) = grad_outputs
-        _mark_length(grad_output, *saved[:4], saved.middle, saved.gate, saved.up)
+        _mark_length(grad_output, *saved[:7])
         _mark_length(*(narrow for narrow in saved.narrow if narrow is not None))
         torch._dynamo.maybe_mark_dynamic(saved.log_sum_exp, 1)
         grad_hidden, grads = call.functions.backward(

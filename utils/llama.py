@@ -6,7 +6,7 @@ process's shards of it. The decoder's loop stands here, because training, evalua
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.quantization import Quantization
 from utils import attention
+from utils.activations import Kept, Recomputed
 from utils.attention import PastKeyValues, Segments
 from utils.model_folder import ModelFolder
 from utils.quantization import QuantizedLinear, quantize_linears
@@ -157,9 +158,9 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def run_plain(layer: nn.Module, hidden: torch.Tensor, recompute: bool, **arguments: Any) -> torch.Tensor:
-    """A decoder layer's output, [1, length, hidden_size]; with `recompute`, its activations are not kept."""
-    if recompute and torch.is_grad_enabled():
+def run_plain(layer: nn.Module, hidden: torch.Tensor, activations: Kept, **arguments: Any) -> torch.Tensor:
+    """A decoder layer's output, [1, length, hidden_size]; its activations are kept by autograd, or not at all."""
+    if isinstance(activations, Recomputed) and torch.is_grad_enabled():
         return checkpoint(layer, hidden, use_reentrant=False, **arguments)
     return layer(hidden, **arguments)
 
@@ -170,7 +171,7 @@ def forward_hidden(
     position_ids: torch.Tensor,
     segments: Segments | None = None,
     past: PastKeyValues | None = None,
-    kept_layers: int | None = None,
+    activations: Sequence[Kept] | None = None,
     run_layer: RunLayer | None = None,
 ) -> torch.Tensor:
     """What the output head is applied to: the decoder's normalised output, shape [length, hidden_size].
@@ -181,8 +182,7 @@ def forward_hidden(
         position_ids: [length], counted anew in every segment.
         segments: where the row's examples lie; None = the row is one.
         past: keys and values from before the row.
-        kept_layers: how many layers, from the last, keep their activations for the backward pass; the others compute
-            them again (activation checkpointing). None = all.
+        activations: where each layer leaves its own for the backward pass; None = where they are.
         run_layer: another way to compute a layer than `run_plain`.
     """
     decoder = causal_lm(model).model
@@ -194,14 +194,14 @@ def forward_hidden(
         "segments": segments,
         "past": past,
     }
-    recomputed = 0 if kept_layers is None else len(decoder.layers) - kept_layers
-    for index, layer in enumerate(decoder.layers):
+    places = activations or [Kept() for _layer in decoder.layers]
+    for layer, place in zip(decoder.layers, places, strict=True):
         device = layer.input_layernorm.weight.device
         if device != hidden.device:  # the next card of a model that is laid over several
             hidden = hidden.to(device)
             arguments["position_embeddings"] = tuple(x.to(device) for x in arguments["position_embeddings"])
             arguments["segments"] = segments.to(device) if segments else None
-        hidden = (run_layer or run_plain)(layer, hidden, index < recomputed, **arguments)
+        hidden = (run_layer or run_plain)(layer, hidden, place, **arguments)
     return decoder.norm(hidden).squeeze(0)
 
 

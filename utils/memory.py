@@ -1,4 +1,7 @@
-"""What a process takes of its cards' memory."""
+"""What a process takes of its cards' memory, and what the machine has."""
+
+import math
+from pathlib import Path
 
 import torch
 
@@ -25,3 +28,11 @@ def peak_memory_gb(world: World) -> float:
     if world.device.type == "cpu":
         return 0.0
     return max(torch.cuda.max_memory_allocated(device) for device in world.devices) / 1e9
+
+
+def free_main_memory() -> float:
+    """Bytes of main memory that are free; infinite where the system does not say."""
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return math.inf

@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
+from utils.activations import MicroBatch
 from utils.distributed import World, from_main, same_on_all
 
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU: enough to fill it, few enough to stay in its caches."""
 MIN_TOKENS, MAX_TOKENS = 1024, 65_536
 """Tokens of a micro-batch on a GPU: smaller ones leave it idle, larger ones are not faster."""
+MEASURED_SECONDS = 1.0
+"""For so long an attempt is repeated; the fastest counts."""
 SAFE_SHARE = 0.9
 """Share of the memory that is planned for where it can't be tried."""
 
@@ -42,6 +45,15 @@ def cards_of(world: World) -> list[list[Any]]:
     return [[card.name, card.total_memory] for card in cards]
 
 
+def rows_together(world: World) -> int:
+    """Rows that go forward one after another before the first goes backward.
+
+    Over several cards two for each, so that one card works on a row while the next works on the row before (the
+    schedule of GPipe, Huang et al. 2019); a queue of the card's own work is all that it takes.
+    """
+    return 2 * len(world.devices) if len(world.devices) > 1 else 1
+
+
 @dataclass(frozen=True)
 class Search:
     """The search for a run's micro-batch.
@@ -49,21 +61,25 @@ class Search:
     Attributes:
         longest_example: its tokens.
         largest_step: most tokens of a step, this process's share.
-        kept_counts: how many layers may keep their activations, in ascending order.
-        try_step: makes a full micro-batch of so many tokens go forward and backward, so many layers keeping their
-            activations; raises OutOfMemoryError.
+        mean_step: tokens of a usual step, likewise.
+        kept_counts: how many layers may keep their activations, in ascending order; the last number is all.
+        try_step: makes rows, so many tokens each and so many of them, go forward and backward as a micro-batch says;
+            raises OutOfMemoryError.
         is_sharded: a process that ran out of memory amid a sharded pass would leave the others waiting for it.
+        host_tokens: for so many tokens the activations of a layer may wait in host memory.
     """
 
     world: World
     longest_example: int
     largest_step: int
+    mean_step: int
     kept_counts: Sequence[int]
-    try_step: Callable[[int, int], None]
+    try_step: Callable[[MicroBatch, int, int], None]
     is_sharded: bool = False
+    host_tokens: float = 0
 
-    def best(self, kind: str) -> tuple[int, int]:
-        """(token budget, layers that keep activations): what is fastest of all that fits on every process's card.
+    def best(self, kind: str) -> MicroBatch:
+        """What is fastest of all that fits on every process's card.
 
         Where an earlier run of the same kind has an answer that still fits, and about as much memory is free now, that
         is it. The answers lie in ~/.cache/llama2-chinese (or beneath XDG_CACHE_HOME).
@@ -72,15 +88,15 @@ class Search:
             kind: a name for all that the answer depends on.
         """
         if self.world.device.type == "cpu":
-            return max(self.longest_example, CPU_TOKENS), self.kept_counts[-1]
+            return MicroBatch(max(self.longest_example, CPU_TOKENS), self.kept_counts[-1])
         known, free = None, _memory_limit(self.world)
         with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError):
             known = json.loads(_cache_file(kind).read_text())
         known = from_main(known)  # machines may have files of their own
         if known and 0.9 * free <= known["free"] <= 1.1 * free:
-            tokens, kept = known["micro_batch"]
-            if self.is_sharded or self._seconds(tokens, kept):
-                return tokens, kept
+            micro_batch = MicroBatch(*known["micro_batch"])
+            if self.is_sharded or self._fits(micro_batch):
+                return micro_batch
         found = self.by_extrapolation() if self.is_sharded else self.by_trying()
         with contextlib.suppress(OSError, RuntimeError):  # a home that can't be written to costs the next start seconds
             if self.world.is_main:
@@ -88,26 +104,29 @@ class Search:
                 _cache_file(kind).write_text(json.dumps({"micro_batch": found, "free": free}))
         return found
 
-    def by_trying(self) -> tuple[int, int]:
+    def by_trying(self) -> MicroBatch:
         """The answer by measurement.
 
         Smaller micro-batches leave room for more layers that keep their activations, which saves computing them twice,
         but fill the card less well; so sizes are tried downwards until the next one is slower.
         """
-        budgets = token_budgets(self.longest_example, self.largest_step)
-        best, best_speed = (budgets[-1], self.kept_counts[0]), 0.0
+        budgets, every_layer = token_budgets(self.longest_example, self.largest_step), self.kept_counts[-1]
+        best, best_speed = MicroBatch(budgets[-1], self.kept_counts[0]), 0.0
         for budget in budgets:
-            kept, seconds = self._most_kept_layers(budget)
-            if seconds is None:
+            kept = self._most_kept_layers(budget)
+            if kept is None:
                 continue
-            if budget / seconds < best_speed:
+            if kept == every_layer and not best_speed and len(self.world.devices) == 1:
+                return MicroBatch(budget, kept)
+            found, speed = self._fastest(MicroBatch(budget, kept))
+            if speed <= best_speed:
                 break
-            best, best_speed = (budget, kept), budget / seconds
-            if kept == self.kept_counts[-1]:
+            best, best_speed = found, speed
+            if kept == every_layer and len(self.world.devices) == 1:
                 break
         return best
 
-    def by_extrapolation(self) -> tuple[int, int]:
+    def by_extrapolation(self) -> MicroBatch:
         """The answer from the memory that small micro-batches take, and by a rule of thumb for the speed."""
         kept_counts = self.kept_counts
         few, least, some = (
@@ -116,10 +135,12 @@ class Search:
             kept_counts[len(kept_counts) // 2],
         )
         limit = SAFE_SHARE * _memory_limit(self.world)
-        self.try_step(few, least)  # from here on the optimizer's state is there, and workspaces
+        self.try_step(MicroBatch(few, least), few, 1)  # from here on optimizer's state and workspaces are there
         fixed, growth = {}, {}
         for kept in (least, some):
-            once, twice = (_peak(self.world, functools.partial(self.try_step, n, kept)) for n in (few, 2 * few))
+            once, twice = (
+                _peak(self.world, functools.partial(self.try_step, MicroBatch(n, kept), n, 1)) for n in (few, 2 * few)
+            )
             growth[kept] = (twice - once) / few
             fixed[kept] = once - growth[kept] * few
 
@@ -129,39 +150,71 @@ class Search:
             return start + slope * tokens
 
         budgets = token_budgets(self.longest_example, self.largest_step)
-        fitting = [(b, kept) for b in budgets for kept in kept_counts if estimate(b, kept) <= limit]
+        fitting = [MicroBatch(b, kept) for b in budgets for kept in kept_counts if estimate(b, kept) <= limit]
         layers = max(1, kept_counts[-1])
         return max(
             fitting,
-            key=lambda pair: relative_speed(pair[1] / layers, pair[0]),
-            default=(self.longest_example, kept_counts[0]),
+            key=lambda found: relative_speed(found.kept_layers / layers, found.token_budget),
+            default=MicroBatch(self.longest_example, kept_counts[0]),
         )
 
-    def shrunk(self, budget: int, kept_layers: int) -> int:
-        """The largest token budget, from `budget` down, whose micro-batch fits."""
-        for smaller in token_budgets(self.longest_example, budget):
-            if self._seconds(smaller, kept_layers):
+    def shrunk(self, micro_batch: MicroBatch) -> MicroBatch:
+        """The same with the largest token budget, from its own down, that fits."""
+        for budget in token_budgets(self.longest_example, micro_batch.token_budget):
+            if self._fits(smaller := micro_batch._replace(token_budget=budget)):
                 return smaller
-        return self.longest_example
+        return micro_batch._replace(token_budget=self.longest_example)
 
-    def _most_kept_layers(self, budget: int) -> tuple[int, float | None]:
-        """The most of `kept_counts` that fits, and the seconds that takes; None = not even the least does."""
+    def _most_kept_layers(self, budget: int) -> int | None:
+        """The most of `kept_counts` that fits; None = not even the least does."""
         kept_counts = self.kept_counts
-        if seconds := self._seconds(budget, kept_counts[-1]):
-            return kept_counts[-1], seconds
+        if self._fits(MicroBatch(budget, kept_counts[-1])):
+            return kept_counts[-1]
         fits, too_many = 0, len(kept_counts) - 1
-        seconds = self._seconds(budget, kept_counts[0]) if too_many else None
-        while seconds and too_many - fits > 1:
+        if not too_many or not self._fits(MicroBatch(budget, kept_counts[0])):
+            return None
+        while too_many - fits > 1:
             middle = (fits + too_many) // 2
-            if more := self._seconds(budget, kept_counts[middle]):
-                fits, seconds = middle, more
+            if self._fits(MicroBatch(budget, kept_counts[middle])):
+                fits = middle
             else:
                 too_many = middle
         # Room for one layer stays: later steps have other lengths, and lose a little between blocks.
-        return kept_counts[max(0, fits - 1)], seconds
+        return kept_counts[max(0, fits - 1)]
 
-    def _seconds(self, budget: int, kept_layers: int) -> float | None:
-        return measure(self.world, functools.partial(self.try_step, budget, kept_layers))
+    def _fastest(self, micro_batch: MicroBatch) -> tuple[MicroBatch, float]:
+        """The micro-batch, or the same with activations in host memory if that is faster; and its tokens/s.
+
+        Two layers' activations are on their way there or back, so as many layers less keep theirs. The fewer layers
+        are offloaded, the more surely their copies keep pace with the computation; so more are tried until that is
+        slower.
+        """
+        best, best_speed = micro_batch, self._speed(micro_batch)
+        kept = max(self.kept_counts[0], micro_batch.kept_layers - 2)
+        others = self.kept_counts[-1] - kept
+        for every in (4, 3, 2, 1) if micro_batch.kept_layers < self.kept_counts[-1] else ():
+            candidate = micro_batch._replace(kept_layers=kept, offload_every=every)
+            on_host = candidate.offloads(others) * candidate.token_budget * rows_together(self.world)
+            if on_host > self.host_tokens or not self._fits(candidate):
+                break
+            speed = self._speed(candidate)
+            if speed < best_speed:
+                break
+            best, best_speed = candidate, speed
+        return best, best_speed
+
+    def _fits(self, micro_batch: MicroBatch) -> bool:
+        """Whether a largest step's rows find room."""
+        rows = min(rows_together(self.world), math.ceil(self.largest_step / micro_batch.token_budget))
+        return fits(self.world, functools.partial(self.try_step, micro_batch, micro_batch.token_budget, rows))
+
+    def _speed(self, micro_batch: MicroBatch) -> float:
+        """Tokens/s of a usual step's rows; 0 = out of memory."""
+        rows = math.ceil(self.mean_step / micro_batch.token_budget)
+        tokens = max(self.longest_example, math.ceil(self.mean_step / rows))
+        together = min(rows, rows_together(self.world))
+        seconds = measure(self.world, functools.partial(self.try_step, micro_batch, tokens, together))
+        return tokens * together / seconds if seconds else 0.0
 
 
 def _cache_file(kind: str) -> Path:
@@ -197,17 +250,30 @@ def _wait_for(world: World) -> None:
         torch.cuda.synchronize(device)
 
 
+def fits(world: World, attempt: Callable[[], None]) -> bool:
+    """Whether the memory of every process's cards suffices for `attempt`."""
+    answer = True
+    try:
+        attempt()
+        _wait_for(world)
+    except torch.cuda.OutOfMemoryError:
+        answer = False
+    torch.cuda.empty_cache()
+    return "False" not in same_on_all(str(answer))
+
+
 def measure(world: World, attempt: Callable[[], None]) -> float | None:
     """Seconds that `attempt` takes on the slowest process, at best; None = out of memory on one of them."""
     seconds = math.inf
     try:
         attempt()  # compiles, and finds the fastest kernels
         _wait_for(world)
-        for _repeat in range(3):
-            start = time.perf_counter()
+        began = start = time.perf_counter()
+        while start - began < MEASURED_SECONDS:
             attempt()
             _wait_for(world)
-            seconds = min(seconds, time.perf_counter() - start)
+            start, last = time.perf_counter(), start
+            seconds = min(seconds, start - last)
     except torch.cuda.OutOfMemoryError:
         seconds = math.inf
     torch.cuda.empty_cache()

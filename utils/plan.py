@@ -14,12 +14,14 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.quantization import Quantization
 from configs.training import TrainingConfig
+from utils.activations import MicroBatch
 from utils.checkpoint import COPIED_AT_MOST
 from utils.compiling import should_compile
 from utils.data import Data
 from utils.distributed import World
 from utils.estimate import Estimate, Kind, Shape, estimate, trained_parameters
 from utils.fused_layers import why_not
+from utils.memory import free_main_memory
 from utils.metrics import duration
 from utils.micro_batch import CPU_TOKENS, relative_speed, token_budgets
 from utils.model_folder import ModelFolder
@@ -54,7 +56,7 @@ def refuse_too_little(
     shards = sharding_group_size(config.fsdp_config, world.size) if config.enable_fsdp else 1
 
     def least(variant: TrainingConfig) -> Estimate:
-        return estimate(variant, shape, compute_bytes, "plain", longest, 0, len(world.devices), shards)
+        return estimate(variant, shape, compute_bytes, "plain", MicroBatch(longest, 0), len(world.devices), shards)
 
     if (fixed := least(config).fixed) <= limit:
         return
@@ -107,17 +109,17 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     def fit(variant: TrainingConfig) -> tuple[Estimate, int, bool]:
         """The fastest setting that fits (or the most frugal one), its tokens a micro-batch, and whether it fits."""
         if device.type == "cpu":
-            pairs = [(shape.layers, max(longest, CPU_TOKENS))]
+            tried = [MicroBatch(max(longest, CPU_TOKENS), shape.layers)]
         else:
             budgets = token_budgets(longest, math.ceil(1.02 * largest_step))
-            pairs = [(kept, budget) for kept in range(shape.layers, -1, -1) for budget in budgets]
-        found = [
-            (estimate(variant, shape, precision.compute.itemsize, kind, budget, kept, cards, processes), kept, budget)
-            for kept, budget in pairs
-        ]
+            tried = [MicroBatch(budget, kept) for kept in range(shape.layers, -1, -1) for budget in budgets]
+        size = precision.compute.itemsize
+        found = [(estimate(variant, shape, size, kind, each, cards, processes), each) for each in tried]
         fitting = [candidate for candidate in found if candidate[0].needed <= available]
-        parts, _kept, budget = max(fitting, key=lambda c: relative_speed(c[1] / shape.layers, c[2]), default=found[-1])
-        return parts, budget, bool(fitting)
+        parts, best = max(
+            fitting, key=lambda c: relative_speed(c[1].kept_layers / shape.layers, c[1].token_budget), default=found[-1]
+        )
+        return parts, best.token_budget, bool(fitting)
 
     parts, budget, _fits = fit(config)
     print(_("Plan for {model}, {examples} examples", model=folder.path, examples=len(data.training)))
@@ -136,7 +138,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
         _(
             "  main memory  {size} to save, of {free} free",
             size=_gb(_to_save(config, shape)),
-            free=_gb(_main_memory()),
+            free=_gb(free_main_memory()),
         )
     )
     each = BytesEach.of(config)
@@ -176,15 +178,7 @@ def _memory_available(config: TrainingConfig, device: torch.device, cards: int) 
     limit = config.gpu_memory_gb * 1e9 or math.inf
     if device.type == "cuda":
         return min(limit, *(torch.cuda.mem_get_info(index)[0] for index in range(cards)))
-    return min(limit, _main_memory())
-
-
-def _main_memory() -> float:
-    """Bytes of main memory that are free; infinite where the system does not say."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return math.inf
+    return min(limit, free_main_memory())
 
 
 def _existing(path: Path) -> Path:

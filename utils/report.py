@@ -13,6 +13,7 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import describe_lengths
 from utils import saving
+from utils.activations import MicroBatch
 from utils.adapters import read_training_config
 from utils.checkpoint import run_tensors, size_of
 from utils.distributed import World
@@ -71,7 +72,7 @@ def note_on_cards(
         return
     free = min(torch.cuda.mem_get_info(device)[0] for device in world.devices)
     available = min(free, config.gpu_memory_gb * 1e9) if config.gpu_memory_gb else free
-    least = estimate(config, Shape.of(folder.config), precision.compute.itemsize, "plain", longest, 0)
+    least = estimate(config, Shape.of(folder.config), precision.compute.itemsize, "plain", MicroBatch(longest, 0))
     if least.needed <= available:
         cards = len(world.devices)
         say(
@@ -84,6 +85,22 @@ def note_on_cards(
                 batch=-(-config.batch_size_training // cards),
             )
         )
+
+
+def _where_activations_go(micro_batch: MicroBatch, layers: int) -> str:
+    """Those that full rows do not keep on the card."""
+    others = layers - micro_batch.kept_layers
+    offloaded = micro_batch.offloads(others)
+    text = ""
+    if others > offloaded:
+        text += _(
+            "; of full rows, {count} of {layers} layers recompute their activations",
+            count=others - offloaded,
+            layers=layers,
+        )
+    if offloaded:
+        text += _("; those of {count} layers wait in main memory", count=offloaded)
+    return text
 
 
 def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
@@ -124,15 +141,9 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
             each=f"{schedule.global_batch_size / world.size:g}",
             processes=world.size,
             all=schedule.global_batch_size,
-            budget=trainer.token_budget,
+            budget=trainer.micro_batch.token_budget,
             limit=_(", {count} examples at most", count=config.micro_batch_size) if config.micro_batch_size else "",
-            recompute=""
-            if trainer.loss_module.kept_layers == layers
-            else _(
-                "; {count} of {layers} layers recompute their activations",
-                count=layers - trainer.loss_module.kept_layers,
-                layers=layers,
-            ),
+            recompute=_where_activations_go(trainer.micro_batch, layers),
         )
     )
     architecture = causal_lm(trainer.model).config.to_dict()

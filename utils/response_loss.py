@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from utils.activations import MicroBatch
 from utils.adapters import learnt_prefix
 from utils.compiling import compile_layers
 from utils.fused_layers import FusedLayers
@@ -18,7 +19,8 @@ class ResponseLoss(nn.Module):
         super().__init__()
         self.model, self.dtype, self.fused = model, dtype, fused
         self.chunk_loss: ChunkLoss = chunk_loss
-        self.kept_layers = len(causal_lm(model).model.layers)
+        self.layers = len(causal_lm(model).model.layers)
+        self.micro_batch = MicroBatch(0, self.layers)
 
     def forward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
         """`scale` times the sum of the cross-entropies of the batch's labelled tokens."""
@@ -33,7 +35,7 @@ class ResponseLoss(nn.Module):
                 batch.position_ids + (prefix.length if prefix else 0),
                 batch.segments,
                 past=prefix,
-                kept_layers=self.kept_layers,
+                activations=self.micro_batch.activations(len(batch.input_ids), self.layers),
                 run_layer=self.fused,
             )
         head = causal_lm(self.model).lm_head.weight

@@ -38,7 +38,7 @@ WITHOUT_EFFECT_ON_RESULT = frozenset(
     "model_name output_dir batch_size_training micro_batch_size num_epochs max_steps num_workers_dataloader "
     "run_validation val_batch_size save_model save_steps save_minutes keep_checkpoints save_optimizer resume "
     "accept_changes dist_checkpoint_root_folder dist_checkpoint_folder torch_compile one_gpu enable_fsdp fsdp_config "
-    "gpu_memory_gb preview plan".split()
+    "gpu_memory_gb activation_offload preview plan".split()
 )
 """Settings that may change between start and resumption. (The base model counts by its fingerprint, the batch by its
 global size, the length by its steps.)"""

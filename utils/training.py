@@ -18,6 +18,7 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example
 from utils import checkpoint as checkpoints
+from utils.activations import MicroBatch
 from utils.adapters import trainable_parameters
 from utils.checkpoint import Checkpoint
 from utils.compiling import should_compile
@@ -25,9 +26,9 @@ from utils.data import Data
 from utils.distributed import World, barrier, same_on_all, sum_across, sum_gradients, total_across
 from utils.interruptions import Interruptions
 from utils.llama import causal_lm
-from utils.memory import peak_memory_gb
+from utils.memory import free_main_memory, peak_memory_gb
 from utils.metrics import Metrics, Progress
-from utils.micro_batch import Search, cards_of
+from utils.micro_batch import Search, cards_of, rows_together
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
 from utils.packing import PackedBatch, pack, seed_of, share_out
 from utils.precision import Precision
@@ -77,10 +78,9 @@ class Trainer:
         self.parameters = trainable_parameters(self.model)
         self.optimizer = make_optimizer(self.parameters.values(), config)
         self.loss_scale = LossScale.for_dtype(precision.compute)
-        self.token_budget = 0
-        self.micro_batch: tuple[Any, ...] = ("", 0, 0)
-        """Of the run that this one goes on from: kind, token budget, layers that keep their activations."""
-        self._prepared: dict[tuple[int, int], tuple[list[Example], list[tuple[PackedBatch, bool]]]] = {}
+        self.earlier_micro_batch: tuple[Any, ...] = ("",)
+        """Of the run that this one goes on from: its kind, and what MicroBatch holds."""
+        self._prepared: dict[tuple[int, MicroBatch], tuple[list[Example], list[tuple[PackedBatch, bool]]]] = {}
         self.done = 0
         self.failed_in_a_row = 0
         self.watch = LossWatch()
@@ -101,7 +101,7 @@ class Trainer:
         loss_scale = LossScale(**state["loss_scale"])
         if loss_scale.is_used == self.loss_scale.is_used:  # another card may compute in another type
             self.loss_scale = loss_scale
-        self.micro_batch = tuple(state["micro_batch"])
+        self.earlier_micro_batch = tuple(state["micro_batch"])
         self.done, self.last_eval_loss = state["step"], state["last_eval_loss"]
 
     def _choose_budget(self) -> None:
@@ -123,27 +123,42 @@ class Trainer:
         # Processes do not share a step out quite evenly.
         step = self.schedule.largest_step([len(example) for example in self.training])
         self.largest_step = math.ceil(1.02 * step / self.world.size)
+        self.mean_step = math.ceil(mean_length * self.schedule.global_batch_size / self.world.size)
         self.kind = self._kind()
         longest_first = sorted(self.training, key=len, reverse=True)
         search = Search(
             self.world,
             self.longest,
             self.largest_step,
+            self.mean_step,
             kept_counts,
             functools.partial(self._try_micro_batch, longest_first),
             is_sharded(self.loss_module),
+            self._host_tokens(),
         )
-        kind, *resumed = self.micro_batch
-        self.token_budget, self.loss_module.kept_layers = resumed if kind == self.kind else search.best(self.kind)
+        kind, *earlier = self.earlier_micro_batch
+        self.micro_batch = MicroBatch(*earlier) if kind == self.kind else search.best(self.kind)
         if self.compiles and not fused:
             self.loss_module.compile()
             if not search.is_sharded:
-                self.token_budget = search.shrunk(self.token_budget, self.loss_module.kept_layers)
+                self.micro_batch = search.shrunk(self.micro_batch)
+
+    @property
+    def micro_batch(self) -> MicroBatch:
+        """How steps are cut."""
+        return self.loss_module.micro_batch
+
+    @micro_batch.setter
+    def micro_batch(self, micro_batch: MicroBatch) -> None:
+        self.loss_module.micro_batch = micro_batch
 
     def _kind(self) -> str:
         """All that the best micro-batch depends on, the cards of all processes included; the same on all."""
         settings = self.config.flat()
-        names = "use_peft peft_method quantization optimizer pure_bf16 freeze_layers num_freeze_layers micro_batch_size"
+        names = (
+            "use_peft peft_method quantization optimizer pure_bf16 freeze_layers num_freeze_layers micro_batch_size "
+            "activation_offload"
+        )
         chosen = {name for name in settings if name in names.split() or "_config." in name}
         limits = same_on_all(json.dumps([cards_of(self.world), self.config.gpu_memory_gb]))
         kind = {name: settings[name] for name in chosen} | {
@@ -154,24 +169,33 @@ class Trainer:
             "compiles": self.compiles,
             "sharded": is_sharded(self.loss_module),
             "longest": self.longest,
-            "largest_step": self.largest_step,
+            "steps": [self.largest_step, self.mean_step],
         }
         return hashlib.sha256(json.dumps(kind, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def _try_micro_batch(self, longest_first: list[Example], token_budget: int, kept_layers: int) -> None:
-        """Let the longest examples that fill a micro-batch go forward and backward, and take nothing from it."""
+    def _host_tokens(self) -> float:
+        """For how many tokens the activations of a layer may wait in host memory: half of what is free."""
+        fused = self.loss_module.fused
+        if fused is None or not self.config.activation_offload:
+            return 0
+        return free_main_memory() / 2 / self.world.size / fused.bytes_a_token
+
+    def _try_micro_batch(self, longest_first: list[Example], micro_batch: MicroBatch, tokens: int, rows: int) -> None:
+        """Let rows of the longest examples go forward and backward together, and take nothing from it."""
         chosen, total = [], 0
         for example in longest_first:
-            if chosen and total + len(example) > token_budget:
+            if chosen and total + len(example) > tokens:
                 break
             chosen.append(example)
             total += len(example)
-        self.loss_module.kept_layers = kept_layers
-        if token_budget < self.largest_step:  # from a step's second micro-batch on, gradients lie beside
+        self.micro_batch = micro_batch
+        if tokens * rows < self.largest_step:  # from a step's second micro-batch on, gradients lie beside
             for parameter in self.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
         try:
-            self.loss_module(pack(chosen, self.world.device, self.longest, token_budget), 0.0).backward()
+            batch = pack(chosen, self.world.device, self.longest, tokens)
+            for value in [self.loss_module(batch, 0.0) for _row in range(rows)]:
+                value.backward()
             assert all(p.grad is not None for p in self.parameters.values()), "a trainable parameter without a gradient"
             # The optimizer's state will lie beside the activations.
             checkpoints.run_tensors(self.parameters, self.optimizer)
@@ -267,28 +291,33 @@ class Trainer:
             recover(self.loss_module)
             self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-            if self.world.size > 1 or self.token_budget <= self.longest:
+            budget = self.micro_batch.token_budget
+            if self.world.size > 1 or budget <= self.longest:
                 raise UserError(out_of_memory())
-            self.token_budget = max(self.longest, self.token_budget * 3 // 4)
+            self.micro_batch = self.micro_batch._replace(token_budget=max(self.longest, budget * 3 // 4))
 
     def _gradients(self, step: int) -> tuple[list[Example], torch.Tensor]:
         """A step's examples and this process's part of its loss, times the loss scale; leaves gradients behind."""
-        examples, batches = self._prepared.pop((step, self.token_budget), None) or self._prepare(step)
+        examples, batches = self._prepared.pop((step, self.micro_batch), None) or self._prepare(step)
         labels = sum(example.response_length for example in examples)
         scale = self.loss_scale.value / labels
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for number, (batch, counts) in enumerate(batches):
-            # Dropout must not depend on what happened before this step, or a resumed run would differ.
-            torch.manual_seed(seed_of(self.config.seed, step, self.world.rank, number))
-            value = self.loss_module(batch, scale if counts else 0.0)
-            value.backward()
-            loss += value.detach().to(loss.device)
+        together = rows_together(self.world)
+        for start in range(0, len(batches), together):
+            values = []
+            for number, (batch, counts) in enumerate(batches[start : start + together], start):
+                # Dropout must not depend on what happened before this step, or a resumed run would differ.
+                torch.manual_seed(seed_of(self.config.seed, step, self.world.rank, number))
+                values.append(self.loss_module(batch, scale if counts else 0.0))
+            for value in values:
+                value.backward()
+                loss += value.detach().to(loss.device)
         return examples, loss
 
     def _step(self, step: int, rate: float) -> StepResult:
         examples, loss = self._gradients_that_fit(step)
         if step + 1 < self.schedule.total_steps:  # while the card is busy with this step
-            self._prepared = {(step + 1, self.token_budget): self._prepare(step + 1)}
+            self._prepared = {(step + 1, self.micro_batch): self._prepare(step + 1)}
         if not is_sharded(self.loss_module):
             sum_gradients(list(self.parameters.values()))
         loss, norm = total_across(loss), gradient_norm(self.parameters.values()).to(loss) / self.loss_scale.value
@@ -311,7 +340,7 @@ class Trainer:
         """
         examples = [self.training[i] for i in self.schedule.indices(step)]
         lengths = [len(example) for example in examples]
-        batches = share_out(lengths, self.token_budget, self.world.size, self.config.micro_batch_size)
+        batches = share_out(lengths, self.micro_batch.token_budget, self.world.size, self.config.micro_batch_size)
         return examples, [
             (pack([examples[i] for i in chosen or [0]], self.world.device, self.longest), bool(chosen))
             for chosen in batches[self.world.rank :: self.world.size]
@@ -322,7 +351,7 @@ class Trainer:
         """The mean loss of a response token over the held-out examples."""
         self.loss_module.eval()
         lengths = [len(example) for example in self.held_out]
-        batches = share_out(lengths, self.token_budget, self.world.size, self.config.val_batch_size)
+        batches = share_out(lengths, self.micro_batch.token_budget, self.world.size, self.config.val_batch_size)
         total = 0.0
         for chosen in batches[self.world.rank :: self.world.size]:
             batch = pack([self.held_out[i] for i in chosen or [0]], self.world.device, self.longest)
@@ -373,7 +402,7 @@ class Trainer:
             "batch_size_training": self.config.batch_size_training,
             "has_optimizer": self.config.save_optimizer,
             "loss_scale": asdict(self.loss_scale),
-            "micro_batch": [self.kind, self.token_budget, self.loss_module.kept_layers],
+            "micro_batch": [self.kind, *self.micro_batch],
             "last_eval_loss": self.last_eval_loss,
         }
         step, folder = self.done, self.config.checkpoints_dir

@@ -3,22 +3,28 @@
 import peft
 import pytest
 import torch
-from conftest import make_trainer, project_logits, save_adapter, train
+from conftest import make_model, make_trainer, project_logits, save_adapter, train
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
+from utils.activations import MicroBatch
 from utils.adapters import add_adapter, trainable_parameters
 from utils.attention import Segments
 from utils.checkpoint import read_checkpoint
 from utils.fused_layers import FusedLayers, why_not
-from utils.llama import forward_hidden, load_base_model, run_plain
+from utils.llama import causal_lm, forward_hidden, load_base_model, run_plain
 from utils.model_folder import ModelFolder
 
 CPU = torch.device("cpu")
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
 LENGTHS = [5, 1, 9, 3]
 TARGETS = [["all-linear"], ["q_proj", "v_proj"], ["o_proj", "down_proj"], ["k_proj", "up_proj"]]
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "deep", layers=6)
 
 
 def adapted_model(folder, targets, quantization=None):
@@ -32,23 +38,24 @@ def adapted_model(folder, targets, quantization=None):
     return model
 
 
-def outputs_and_gradients(model, run_layer, kept_layers):
+def outputs_and_gradients(model, run_layer, micro_batch):
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(3, 500, (sum(LENGTHS),), generator=generator)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    activations = micro_batch.activations(sum(LENGTHS), len(causal_lm(model).model.layers)) if micro_batch else None
     hidden = forward_hidden(
-        model, input_ids, positions, Segments.of(LENGTHS, CPU), kept_layers=kept_layers, run_layer=run_layer
+        model, input_ids, positions, Segments.of(LENGTHS, CPU), activations=activations, run_layer=run_layer
     )
     model.zero_grad()
     (hidden * torch.randn(hidden.shape, generator=generator)).sum().backward()
     return hidden.detach(), {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
 
 
-def check_equal(model, kept_layers=None):
+def check_equal(model, micro_batch=None):
     expected, expected_gradients = outputs_and_gradients(model, run_plain, None)
     fused = FusedLayers(model, torch.float32)
     fused.refresh()
-    hidden, gradients = outputs_and_gradients(model, fused, kept_layers)
+    hidden, gradients = outputs_and_gradients(model, fused, micro_batch)
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
@@ -65,7 +72,13 @@ def test_outputs_and_gradients_are_the_plain_layers(request, folder_name, target
 @pytest.mark.parametrize("kept_layers", [0, 1])
 @pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
 def test_quantised_bases_and_recomputed_layers_too(grouped_model, quantization, kept_layers):
-    check_equal(adapted_model(grouped_model, ["all-linear"], quantization), kept_layers)
+    check_equal(adapted_model(grouped_model, ["all-linear"], quantization), MicroBatch(sum(LENGTHS), kept_layers))
+
+
+@pytest.mark.parametrize(("kept_layers", "offload_every"), [(0, 1), (0, 2), (1, 1), (1, 2), (1, 3), (2, 4)])
+def test_activations_that_waited_in_host_memory_too(deep_model, kept_layers, offload_every):
+    micro_batch = MicroBatch(sum(LENGTHS), kept_layers, offload_every)
+    check_equal(adapted_model(deep_model, ["all-linear"]), micro_batch)
 
 
 def test_biases_are_part_of_the_layers(grouped_model, tmp_path):

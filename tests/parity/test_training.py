@@ -16,6 +16,7 @@ from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import encode_records, load_records
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
+from utils.activations import MicroBatch
 from utils.adapters import load_adapter
 from utils.checkpoint import read_checkpoint
 from utils.data import load_data
@@ -97,6 +98,21 @@ def test_lora_losses_are_the_plain_loops_for_every_micro_batch_size(
     assert lora_losses[-1] < lora_losses[0]
 
 
+def test_rows_that_go_forward_together_give_the_same_losses(tiny_model, lora_losses, tmp_path, monkeypatch):
+    """As over several cards, where one card works on a row while the next works on the row before."""
+    monkeypatch.setattr("utils.training.rows_together", lambda _world: 3)
+    trainer = make_trainer(tiny_model, tmp_path, batch_size_training=4, max_steps=STEPS, lr=RATE, micro_batch_size=1)
+    calls: list[str] = []
+
+    def note(_module, _inputs, loss: torch.Tensor) -> None:
+        calls.append("forward")
+        loss.register_hook(lambda _gradient: calls.append("backward"))
+
+    trainer.loss_module.register_forward_hook(note)
+    assert train(trainer) == pytest.approx(lora_losses, rel=2e-5)
+    assert calls == [*["forward"] * 3, *["backward"] * 3, "forward", "backward"] * STEPS
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 0])
 @pytest.mark.parametrize("folder_name", ["tiny_model", "grouped_model"])
 def test_full_fine_tuning_losses_are_the_plain_loops(request, tmp_path, folder_name, micro_batch_size):
@@ -159,15 +175,15 @@ def test_recomputed_activations_give_the_same_gradients(tiny_model, tmp_path, us
     for index, layer in enumerate(layers):
         layer.self_attn.register_forward_pre_hook(lambda *_inputs, index=index: calls.append(index))
 
-    def gradients(kept: int | None) -> dict[str, torch.Tensor]:
+    def gradients(kept: int) -> dict[str, torch.Tensor]:
         calls.clear()
-        trainer.loss_module.kept_layers = kept
+        trainer.micro_batch = MicroBatch(len(batch.input_ids), kept)
         trainer.loss_module(batch, 0.01).backward()
         found = {name: parameter.grad for name, parameter in trainer.parameters.items()}
         trainer.optimizer.zero_grad(set_to_none=True)
         return found
 
-    expected = gradients(None)
+    expected = gradients(len(layers))
     assert sorted(calls) == [0, 1]
     recomputed = gradients(kept_layers)
     assert sorted(calls) == sorted([0, 1, *range(len(layers) - kept_layers)])

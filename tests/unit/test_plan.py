@@ -14,6 +14,7 @@ from configs.errors import UserError
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from utils import plan, report
+from utils.activations import MicroBatch
 from utils.data import load_data
 from utils.distributed import World
 from utils.estimate import (
@@ -47,8 +48,8 @@ def world(cards: int, size: int = 1) -> World:
 
 def test_weights_of_llama_2_7b():
     assert LLAMA_7B.decoder_weights + LLAMA_7B.other_weights == 6_738_415_616  # transformers' num_parameters()
-    assert estimate(LORA, LLAMA_7B, 2, "plain", 1000, 32).weights == 2 * 6_738_415_616
-    int8 = estimate(replace(LORA, quantization="8bit"), LLAMA_7B, 2, "plain", 1000, 32).weights
+    assert estimate(LORA, LLAMA_7B, 2, "plain", MicroBatch(1000, 32)).weights == 2 * 6_738_415_616
+    int8 = estimate(replace(LORA, quantization="8bit"), LLAMA_7B, 2, "plain", MicroBatch(1000, 32)).weights
     assert int8 == 6_476_005_376 + 2 * 262_410_240  # a byte for each of the layers' weights
 
 
@@ -68,7 +69,7 @@ def test_parts_of_the_fused_layer_by_hand(cards, kept):
     temporary = tokens * 2 * (3 * wide + 4 * hidden) + 2 * 2 * wide * hidden
     layers = {1: 32, 2: 16, 5: 7}[cards]
     here = min(kept, layers)
-    found = estimate(replace(LORA, quantization="8bit"), LLAMA_7B, 2, "fused", tokens, kept, cards)
+    found = estimate(replace(LORA, quantization="8bit"), LLAMA_7B, 2, "fused", MicroBatch(tokens, kept), cards)
     assert found.activations == tokens * (here * saved + (layers - here) * 2 * hidden)
     # Without layers that keep theirs, a layer that computes its activations again has them beside the gradients.
     assert found.temporary == (temporary if here else temporary + tokens * saved)
@@ -80,7 +81,7 @@ def test_parts_of_the_fused_layer_by_hand(cards, kept):
 
 def test_memory_is_more_with_more_of_anything():
     def peak(tokens=4000, kept=16, cards=1, shards=1, kind="plain", **settings):
-        return estimate(replace(LORA, **settings), LLAMA_7B, 2, kind, tokens, kept, cards, shards).peak
+        return estimate(replace(LORA, **settings), LLAMA_7B, 2, kind, MicroBatch(tokens, kept), cards, shards).peak
 
     base = peak()
     assert peak(tokens=8000) > base
@@ -93,7 +94,7 @@ def test_memory_is_more_with_more_of_anything():
 
 
 def test_two_cards_hold_the_parts_of_one():
-    one, two = (estimate(LORA, LLAMA_7B, 2, "plain", 1000, 32, cards) for cards in (1, 2))
+    one, two = (estimate(LORA, LLAMA_7B, 2, "plain", MicroBatch(1000, 32), cards) for cards in (1, 2))
     assert two.activations == one.activations / 2
     assert two.trained == one.trained / 2
     assert two.weights == 16 * LLAMA_7B.layer_weights * 2 + 32000 * 4096 * 2  # its layers, and the head

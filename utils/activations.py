@@ -1,0 +1,140 @@
+"""What becomes of a layer's activations between its forward and its backward pass.
+
+They are kept, or computed again (activation checkpointing, Chen et al. 2016), or wait in host memory, copied out and
+back while the card computes. `MicroBatch` says which layers do what.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from utils.attention import ROW_MULTIPLE
+
+
+class Kept:
+    """A layer's activations, where they are."""
+
+    def __init__(self) -> None:
+        self.tensors: Sequence[torch.Tensor] | None = None
+
+    def put(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Take them from the forward pass."""
+        self.tensors = tensors
+
+    def get(self) -> Sequence[torch.Tensor] | None:
+        """Give them to the backward pass, once; None = compute them again."""
+        tensors, self.tensors = self.tensors, None
+        return tensors
+
+
+class Recomputed(Kept):
+    """Nothing is kept but the layer's input."""
+
+    def put(self, tensors: Sequence[torch.Tensor]) -> None:
+        """See Kept."""
+
+
+class Offloaded(Kept):
+    """In host memory; two layers' at most are on their way, and take up room on the card.
+
+    Args:
+        before: the layer that was offloaded before this one in the same forward pass. In the backward pass its turn
+            comes after this one's, and it is fetched beside it.
+    """
+
+    def __init__(self, before: "Offloaded | None") -> None:
+        super().__init__()
+        self.before = before
+        self.device = torch.device("cpu")
+        self.on_host: list[torch.Tensor] = []
+        self.copied: torch.cuda.Event | None = None
+        """The end of the copy that was begun last."""
+
+    def put(self, tensors: Sequence[torch.Tensor]) -> None:
+        """See Kept."""
+        if self.before:
+            self.before._leave()
+        self.tensors, self.device = tensors, tensors[0].device
+        pinned = self.device.type == "cuda"
+        self.on_host = [torch.empty_like(tensor, device="cpu", pin_memory=pinned) for tensor in tensors]
+        self._copy(tensors, self.on_host)
+
+    def get(self) -> Sequence[torch.Tensor] | None:
+        """See Kept."""
+        self._fetch()
+        if self.before:
+            self.before._fetch()
+        self._wait()
+        self.on_host = []
+        return super().get()
+
+    def _leave(self) -> None:
+        self._wait()  # what is computed from here on may be written where the tensors are
+        self.tensors = None
+
+    def _fetch(self) -> None:
+        if self.tensors is None:
+            self.tensors = [torch.empty_like(tensor, device=self.device) for tensor in self.on_host]
+            self._copy(self.on_host, self.tensors)
+
+    def _copy(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> None:
+        """Begin to copy, after what the card has been told so far and beside what it will be told next."""
+        stream = _stream(self.device)
+        if stream:
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source, non_blocking=True)
+            self.copied = stream.record_event() if stream else None
+
+    def _wait(self) -> None:
+        if self.copied:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    """For copies; None on a CPU, which does one thing after another."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+class MicroBatch(NamedTuple):
+    """How a step is cut into rows, and what their layers do with their activations.
+
+    Attributes:
+        token_budget: most tokens of a row.
+        kept_layers: how many layers of such a row, from the last, keep theirs; of a shorter one more, for as many
+            tokens in all.
+        offload_every: of the other layers, every so many-th lets them wait in host memory; 0 = none. The rest compute
+            them again.
+    """
+
+    token_budget: int
+    kept_layers: int
+    offload_every: int = 0
+
+    def keeps(self, tokens: int, layers: int) -> int:
+        """How many of a row's layers keep their activations."""
+        full = math.ceil(self.token_budget / ROW_MULTIPLE) * ROW_MULTIPLE
+        return min(layers, self.kept_layers * max(full, tokens) // tokens)
+
+    def offloads(self, others: int) -> int:
+        """How many of the `others`, which do not keep them, offload them."""
+        return math.ceil(others / self.offload_every) if self.offload_every else 0
+
+    def activations(self, tokens: int, layers: int) -> list[Kept]:
+        """Where each layer of a row of so many tokens leaves its activations."""
+        kept = self.keeps(tokens, layers)
+        places: list[Kept] = []
+        before = None
+        for to_kept in range(layers - kept, 0, -1):
+            # The last of them is offloaded in any case: when its turn comes, the card still has its tensors.
+            if self.offload_every and (to_kept - 1) % self.offload_every == 0:
+                before = Offloaded(before)
+                places.append(before)
+            else:
+                places.append(Recomputed())
+        return places + [Kept() for _layer in range(kept)]
