@@ -139,7 +139,9 @@ def measure(command: list[str], run: Run, timeout: float) -> Result:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if process.returncode or len(lines) < run.steps:
-        return Result(note=why_it_failed((folder / "log").read_text(errors="replace"), process.returncode))
+        text = (folder / "log").read_text(errors="replace")
+        print(text[-3000:], file=sys.stderr)  # the folder goes with the next run
+        return Result(note=why_it_failed(text, process.returncode))
     timed = lines[run.warm_up : run.steps]
     tokens = sum(line["tokens"] for line in timed)
     own = sum(line["tokens"] / line["tokens_per_second"] for line in timed if "tokens_per_second" in line)

@@ -173,11 +173,14 @@ def pad(examples: list[Example]) -> dict[str, torch.Tensor]:
 
 
 def trl(run: Run) -> None:
-    """TRL's SFTTrainer with packing, and Liger's kernels where they are installed."""
+    """TRL's SFTTrainer with packing, and Liger's kernels where they are installed; TRL 1.15's loss needs a GPU."""
     from transformers import AutoTokenizer
 
+    model = load_model(run)
     use_liger = DEVICE.type == "cuda" and find_spec("liger_kernel") is not None
-    use_sft_trainer(run, load_model(run), AutoTokenizer.from_pretrained(run.model), use_liger)
+    # A micro-batch is one row to TRL. Without FlashAttention its mask is dense, so a long one costs its square.
+    tokens = None if model.config._attn_implementation == "flash_attention_2" else 2048
+    use_sft_trainer(run, model, AutoTokenizer.from_pretrained(run.model), use_liger, tokens)
 
 
 def unsloth_(run: Run) -> None:
@@ -207,8 +210,14 @@ def unsloth_(run: Run) -> None:
     use_sft_trainer(run, model, tokenizer, use_liger=False)
 
 
-def use_sft_trainer(run: Run, model: torch.nn.Module, tokenizer: Any, use_liger: bool) -> None:
-    """Train with rows of max_seq_length packed tokens, as many a step as hold about the tokens of `batch` examples."""
+def use_sft_trainer(
+    run: Run, model: torch.nn.Module, tokenizer: Any, use_liger: bool, tokens: int | None = None
+) -> None:
+    """Train with rows of max_seq_length packed tokens, as many a step as hold about the tokens of `batch` examples.
+
+    Args:
+        tokens: about how many a micro-batch holds where run.parts is 1; None = all of the step.
+    """
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -216,7 +225,7 @@ def use_sft_trainer(run: Run, model: torch.nn.Module, tokenizer: Any, use_liger:
     recorder = Recorder(run)
     steps = read_steps(run)
     rows = max(1, round(sum(map(len, steps[0])) / run.max_seq_length))
-    parts = min(run.parts, rows)
+    parts = min(rows, run.parts * -(-rows * run.max_seq_length // tokens) if tokens else run.parts)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
@@ -245,6 +254,7 @@ def use_sft_trainer(run: Run, model: torch.nn.Module, tokenizer: Any, use_liger:
         output_dir=str(Path(run.output) / "trainer"),
         max_length=run.max_seq_length,
         packing=True,
+        completion_only_loss=True,  # else completion_mask is left unread where the examples are tokens already
         per_device_train_batch_size=-(-rows // parts),
         gradient_accumulation_steps=parts,
         max_steps=run.steps,
@@ -268,6 +278,11 @@ def use_sft_trainer(run: Run, model: torch.nn.Module, tokenizer: Any, use_liger:
         processing_class=tokenizer,
         callbacks=[EndOfStep()],
     )
+    if run.dtype == torch.float16:
+        # TRL makes the adapter of a quantized model bf16, whose gradients the scaler of fp16 does not take.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     trainer.train()
 
 
