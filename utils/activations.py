@@ -6,6 +6,7 @@ back while the card computes. `MicroBatch` says which layers do what.
 
 import functools
 import math
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -99,6 +100,32 @@ class Offloaded(Kept):
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
     """For copies; None on a CPU, which does one thing after another."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+class HostMemory(NamedTuple):
+    """Main memory for offloaded activations.
+
+    Attributes:
+        tokens: for so many, those of one layer find room.
+        seconds: that the copy of one token's takes.
+    """
+
+    tokens: float
+    seconds: float
+
+
+def copy_seconds(device: torch.device, size: int = 2**28) -> float:
+    """How long the copy of a byte from the card to host memory takes, measured with so many of them."""
+    on_card = torch.empty(size, dtype=torch.uint8, device=device)
+    on_host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    seconds = []
+    for _repeat in range(3):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        on_host.copy_(on_card, non_blocking=True)
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / size
 
 
 class MicroBatch(NamedTuple):

@@ -235,9 +235,15 @@ def estimate(
         trained = on_card * (sum(base) - frozen)
     targets = _targets(config, shape)
     layer = LAYERS[kind](shape, targets, config.lora_config.r, quantization, compute_bytes)
-    gathered = compute_bytes * shape.layer_weights if shards > 1 else 0.0
+    gathered = 0.0
+    if shards > 1:
+        # Embedding and head are gathered together, and of the layers one and the next; gradients are whole in the
+        # compute dtype and in fp32 until they are shared out. (Two H100: 4.0 GB, here 4.1.)
+        whole = shape.other_weights + shape.layer_weights
+        gathered = compute_bytes * (whole + shape.layer_weights)
+        gathered += 0.0 if config.use_peft else (compute_bytes + 4) * whole
     tokens, kept = micro_batch.token_budget, min(micro_batch.kept_layers, here)
-    in_transit = min(2, micro_batch.offloads(here - kept))  # see Offloaded
+    in_transit = min(1, micro_batch.offloads(here - kept))  # the last offloaded layer's, when the forward pass ends
     activations = rows * tokens * ((kept + in_transit) * layer.kept + (here - kept) * layer.recomputed)
     temporary = tokens * layer.temporary + layer.weights + gathered
     if kept < here:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from utils.activations import MicroBatch
+from utils.activations import HostMemory, MicroBatch
 from utils.distributed import World, from_main, same_on_all
 
 CPU_TOKENS = 2048
@@ -66,7 +66,7 @@ class Search:
         try_step: makes rows, so many tokens each and so many of them, go forward and backward as a micro-batch says;
             raises OutOfMemoryError.
         is_sharded: a process that ran out of memory amid a sharded pass would leave the others waiting for it.
-        host_tokens: for so many tokens the activations of a layer may wait in host memory.
+        host: where activations may wait; None = nowhere.
     """
 
     world: World
@@ -76,7 +76,7 @@ class Search:
     kept_counts: Sequence[int]
     try_step: Callable[[MicroBatch, int, int], None]
     is_sharded: bool = False
-    host_tokens: float = 0
+    host: HostMemory | None = None
 
     def best(self, kind: str) -> MicroBatch:
         """What is fastest of all that fits on every process's card.
@@ -183,25 +183,28 @@ class Search:
         return kept_counts[max(0, fits - 1)]
 
     def _fastest(self, micro_batch: MicroBatch) -> tuple[MicroBatch, float]:
-        """The micro-batch, or the same with activations in host memory if that is faster; and its tokens/s.
-
-        Two layers' activations are on their way there or back, so as many layers less keep theirs. The fewer layers
-        are offloaded, the more surely their copies keep pace with the computation; so more are tried until that is
-        slower.
-        """
+        """The micro-batch, or the same with activations in host memory if that is faster; and its tokens/s."""
         best, best_speed = micro_batch, self._speed(micro_batch)
-        kept = max(self.kept_counts[0], micro_batch.kept_layers - 2)
-        others = self.kept_counts[-1] - kept
-        for every in (4, 3, 2, 1) if micro_batch.kept_layers < self.kept_counts[-1] else ():
-            candidate = micro_batch._replace(kept_layers=kept, offload_every=every)
-            on_host = candidate.offloads(others) * candidate.token_budget * rows_together(self.world)
-            if on_host > self.host_tokens or not self._fits(candidate):
-                break
-            speed = self._speed(candidate)
-            if speed < best_speed:
-                break
-            best, best_speed = candidate, speed
+        if not self.host or micro_batch.kept_layers == self.kept_counts[-1] or not best_speed:
+            return best, best_speed
+        # The copy of a layer's takes as long as the forward passes of `pace` layers. A step is a forward pass of all
+        # layers, another of those that recompute, and over frozen weights a backward pass costs about the same.
+        passes = 3 * self.kept_counts[-1] - micro_batch.kept_layers
+        pace = self.host.seconds * best_speed * passes
+        # The activations of one offloaded layer are still on the card when the others begin to keep theirs.
+        kept = max(self.kept_counts[0], micro_batch.kept_layers - 1)
+        for every in sorted({max(1, round(pace)), math.ceil(pace)}):
+            candidate = MicroBatch(micro_batch.token_budget, kept, every)
+            if self._has_host_memory(candidate) and self._fits(candidate):
+                speed = self._speed(candidate)
+                if speed > best_speed:
+                    best, best_speed = candidate, speed
         return best, best_speed
+
+    def _has_host_memory(self, micro_batch: MicroBatch) -> bool:
+        """Whether what its layers offload finds room there."""
+        offloaded = micro_batch.offloads(self.kept_counts[-1] - micro_batch.kept_layers)
+        return offloaded * micro_batch.token_budget * rows_together(self.world) <= (self.host or (0, 0))[0]
 
     def _fits(self, micro_batch: MicroBatch) -> bool:
         """Whether a largest step's rows find room."""

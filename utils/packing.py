@@ -131,7 +131,13 @@ class PackedBatch:
     label_ids: torch.Tensor
 
 
-def pack(examples: Sequence[Example], device: torch.device, longest: int = 0, at_least: int = 0) -> PackedBatch:
+def pack(
+    examples: Sequence[Example],
+    device: torch.device,
+    longest: int = 0,
+    at_least: int = 0,
+    last_device: torch.device | None = None,
+) -> PackedBatch:
     """Lay examples end to end.
 
     On a GPU a last segment without labels fills the row up to a multiple of ROW_MULTIPLE.
@@ -139,6 +145,7 @@ def pack(examples: Sequence[Example], device: torch.device, longest: int = 0, at
     Args:
         longest: see Segments.
         at_least: tokens that the row is filled up to in any case.
+        last_device: where the labels go, if elsewhere. (A copy from one card to another waits for both.)
     """
     lengths = [len(example) for example in examples]
     starts = np.cumsum([0, *lengths[:-1]])
@@ -159,6 +166,6 @@ def pack(examples: Sequence[Example], device: torch.device, longest: int = 0, at
         input_ids=input_ids.to(device, non_blocking=True),
         position_ids=positions.to(device, non_blocking=True),
         segments=Segments.of(lengths, device, max(longest, multiple)),
-        label_rows=label_rows.to(device, non_blocking=True),
-        label_ids=input_ids[label_rows + 1].to(device, non_blocking=True),
+        label_rows=label_rows.to(last_device or device, non_blocking=True),
+        label_ids=input_ids[label_rows + 1].to(last_device or device, non_blocking=True),
     )

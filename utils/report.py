@@ -63,7 +63,7 @@ def note_on_cards(
 ) -> None:
     """Say that a process for each card would be faster, where one process is laid over several and one would do.
 
-    Layers on several cards work one after the other; processes work at the same time.
+    Cards that hand rows on to one another wait for the first and the last; processes work all the time.
 
     Args:
         longest: tokens of the longest example.
@@ -77,9 +77,10 @@ def note_on_cards(
         cards = len(world.devices)
         say(
             _(
-                "One process works on {cards} cards in turn. Each has room for the whole model (from {needed} GB), so "
-                "a process for each would be faster: torchrun --nproc_per_node {cards} llama_finetuning.py … "
-                "--batch_size_training {batch} (for each process)",
+                "One process has the layers of the model on {cards} cards, and each waits for the others a part of the "
+                "time. Each has room for the whole model (from {needed} GB), so a process for each would be faster: "
+                "torchrun --nproc_per_node {cards} llama_finetuning.py … --batch_size_training {batch} (for each "
+                "process)",
                 cards=cards,
                 needed=f"{least.needed / 1e9:.1f}",
                 batch=-(-config.batch_size_training // cards),

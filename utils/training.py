@@ -18,7 +18,7 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example
 from utils import checkpoint as checkpoints
-from utils.activations import MicroBatch
+from utils.activations import HostMemory, MicroBatch, copy_seconds
 from utils.adapters import trainable_parameters
 from utils.checkpoint import Checkpoint
 from utils.compiling import should_compile
@@ -134,7 +134,7 @@ class Trainer:
             kept_counts,
             functools.partial(self._try_micro_batch, longest_first),
             is_sharded(self.loss_module),
-            self._host_tokens(),
+            self._host_memory(),
         )
         kind, *earlier = self.earlier_micro_batch
         self.micro_batch = MicroBatch(*earlier) if kind == self.kind else search.best(self.kind)
@@ -173,12 +173,15 @@ class Trainer:
         }
         return hashlib.sha256(json.dumps(kind, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def _host_tokens(self) -> float:
-        """For how many tokens the activations of a layer may wait in host memory: half of what is free."""
+    def _host_memory(self) -> HostMemory | None:
+        """Half of what is free, shared by all processes, for layers that can let activations wait there."""
         fused = self.loss_module.fused
-        if fused is None or not self.config.activation_offload:
-            return 0
-        return free_main_memory() / 2 / self.world.size / fused.bytes_a_token
+        if fused is None or not self.config.activation_offload or self.world.device.type == "cpu":
+            return None
+        each = fused.bytes_a_token
+        own = free_main_memory() / 2 / self.world.size / each, copy_seconds(self.world.device) * each
+        tokens, seconds = zip(*map(json.loads, same_on_all(json.dumps(own))), strict=True)
+        return HostMemory(min(tokens), max(seconds))
 
     def _try_micro_batch(self, longest_first: list[Example], micro_batch: MicroBatch, tokens: int, rows: int) -> None:
         """Let rows of the longest examples go forward and backward together, and take nothing from it."""
@@ -193,7 +196,7 @@ class Trainer:
             for parameter in self.parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
         try:
-            batch = pack(chosen, self.world.device, self.longest, tokens)
+            batch = self._pack(chosen, tokens)
             for value in [self.loss_module(batch, 0.0) for _row in range(rows)]:
                 value.backward()
             assert all(p.grad is not None for p in self.parameters.values()), "a trainable parameter without a gradient"
@@ -301,7 +304,7 @@ class Trainer:
         examples, batches = self._prepared.pop((step, self.micro_batch), None) or self._prepare(step)
         labels = sum(example.response_length for example in examples)
         scale = self.loss_scale.value / labels
-        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self.world.devices[-1])
         together = rows_together(self.world)
         for start in range(0, len(batches), together):
             values = []
@@ -312,7 +315,7 @@ class Trainer:
             for value in values:
                 value.backward()
                 loss += value.detach().to(loss.device)
-        return examples, loss
+        return examples, loss.to(self.world.device)
 
     def _step(self, step: int, rate: float) -> StepResult:
         examples, loss = self._gradients_that_fit(step)
@@ -342,9 +345,12 @@ class Trainer:
         lengths = [len(example) for example in examples]
         batches = share_out(lengths, self.micro_batch.token_budget, self.world.size, self.config.micro_batch_size)
         return examples, [
-            (pack([examples[i] for i in chosen or [0]], self.world.device, self.longest), bool(chosen))
+            (self._pack([examples[i] for i in chosen or [0]]), bool(chosen))
             for chosen in batches[self.world.rank :: self.world.size]
         ]
+
+    def _pack(self, examples: list[Example], at_least: int = 0) -> PackedBatch:
+        return pack(examples, self.world.device, self.longest, at_least, self.world.devices[-1])
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -354,7 +360,7 @@ class Trainer:
         batches = share_out(lengths, self.micro_batch.token_budget, self.world.size, self.config.val_batch_size)
         total = 0.0
         for chosen in batches[self.world.rank :: self.world.size]:
-            batch = pack([self.held_out[i] for i in chosen or [0]], self.world.device, self.longest)
+            batch = self._pack([self.held_out[i] for i in chosen or [0]])
             total += self.loss_module(batch, 1.0 if chosen else 0.0).item()
         self.loss_module.train()
         (total,) = sum_across([total], self.world.device)

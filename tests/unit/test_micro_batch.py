@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from utils import micro_batch
-from utils.activations import MicroBatch
+from utils.activations import HostMemory, MicroBatch
 from utils.distributed import World
 from utils.micro_batch import Search, rows_together, token_budgets
 
@@ -30,7 +30,7 @@ class Card:
         kept = chosen.keeps(tokens, LAYERS)
         others = LAYERS - kept
         offloaded = chosen.offloads(others)
-        if rows * tokens * (4 + kept + min(2, offloaded)) > self.memory:
+        if rows * tokens * (4 + kept + min(1, offloaded)) > self.memory:
             return None
         twice = ((others - offloaded) / 2 + offloaded * self.copy) / LAYERS
         return rows * (tokens + 300) * (1 + twice)
@@ -80,18 +80,26 @@ def test_what_counts_is_the_speed_of_a_usual_step(monkeypatch):
     assert found.token_budget * (4 + found.kept_layers) <= card.memory
 
 
-@pytest.mark.parametrize(("copy", "expected"), [(0.6, 0), (0.1, 1)])
-def test_host_memory_is_used_where_it_is_faster_than_computing_again(monkeypatch, copy, expected):
-    found = Card(90_000, monkeypatch, copy).asked(host_tokens=10**9).by_trying()
+@pytest.mark.parametrize(("copy", "expected"), [(2.0, 4), (0.9, 2), (0.5, 1), (0.01, 1)])
+def test_host_memory_takes_what_it_can_while_the_card_computes(monkeypatch, copy, expected):
+    """A copy of a layer's takes `copy` forward and backward passes of it; a forward pass is half of both."""
+    host = HostMemory(10**9, copy / LAYERS)
+    found = Card(90_000, monkeypatch, copy=0.0).asked(longest=2500, host=host).by_trying()
     assert found.offload_every == expected
+
+
+def test_host_memory_is_not_used_where_that_is_slower(monkeypatch):
+    found = Card(90_000, monkeypatch, copy=0.6).asked(host=HostMemory(10**9, 0.3 / LAYERS)).by_trying()
+    assert not found.offload_every
 
 
 def test_no_more_waits_in_host_memory_than_it_has_room_for(monkeypatch):
     card = Card(40_000, monkeypatch, copy=0.1)
     for host_tokens in (0, 20_000, 60_000, 100_000):
-        card.asked(host_tokens=host_tokens).by_trying()
+        card.asked(host=HostMemory(host_tokens, 0.1 / LAYERS)).by_trying()
         on_host = [t * c.offloads(LAYERS - c.keeps(t, LAYERS)) for c, t, _rows in card.trials]
         assert max(on_host) <= host_tokens
+        assert bool(max(on_host)) == (host_tokens > 0)
         card.trials.clear()
 
 
