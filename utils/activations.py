@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from utils.attention import ROW_MULTIPLE
+from utils.memory import empty_on_host
 
 
 class Kept:
@@ -59,8 +60,7 @@ class Offloaded(Kept):
         if self.before:
             self.before._leave()
         self.tensors, self.device = tensors, tensors[0].device
-        pinned = self.device.type == "cuda"
-        self.on_host = [torch.empty_like(tensor, device="cpu", pin_memory=pinned) for tensor in tensors]
+        self.on_host = [empty_on_host(tensor) for tensor in tensors]
         self._copy(tensors, self.on_host)
 
     def get(self) -> Sequence[torch.Tensor] | None:
@@ -117,7 +117,7 @@ class HostMemory(NamedTuple):
 def copy_seconds(device: torch.device, size: int = 2**28) -> float:
     """How long the copy of a byte from the card to host memory takes, measured with so many of them."""
     on_card = torch.empty(size, dtype=torch.uint8, device=device)
-    on_host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    on_host = empty_on_host(on_card)
     seconds = []
     for _repeat in range(3):
         torch.cuda.synchronize(device)

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from configs.errors import UserError
 from configs.messages import _
 from utils.distributed import World, same_on_all
+from utils.memory import empty_on_host
 from utils.optimization import create_state
 
 COMPLETE = "complete.json"
@@ -111,10 +112,7 @@ class Saver:
         elif self.world.is_main and size_of(tensors) > COPIED_AT_MOST:
             self._write(state, tensors, report)
         elif self.world.is_main:
-            copies = {
-                group: {name: _copy_on_host(value) for name, value in members.items()}
-                for group, members in tensors.items()
-            }
+            copies = _copies_on_host(tensors)
             self.thread = threading.Thread(target=self._write, args=(state, copies, report), name="checkpoint")
             self.thread.start()
 
@@ -245,8 +243,19 @@ def numbered(folder: Path) -> list[Path]:
     return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _copy_on_host(value: Any) -> Any:
-    return value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value  # bitsandbytes counts in an int
+def _copies_on_host(tensors: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same in host memory; a card copies all of them in one go."""
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value  # bitsandbytes counts in an int
+        return empty_on_host(value).copy_(value, non_blocking=True)
+
+    copies = {group: {name: copy(value) for name, value in members.items()} for group, members in tensors.items()}
+    cards = {value.device for group in tensors.values() for value in group.values() if getattr(value, "is_cuda", False)}
+    for card in cards:
+        torch.cuda.synchronize(card)
+    return copies
 
 
 def _failure_of(action: Callable[[], None]) -> str:

@@ -1,5 +1,6 @@
 """What a process takes of its cards' memory, and what the machine has."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -30,9 +31,34 @@ def peak_memory_gb(world: World) -> float:
     return max(torch.cuda.max_memory_allocated(device) for device in world.devices) / 1e9
 
 
-def free_main_memory() -> float:
-    """Bytes of main memory that are free; infinite where the system does not say."""
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return math.inf
+def free_main_memory(system: Path = Path("/")) -> float:
+    """Bytes of main memory that this process may still take; infinite where the system does not say.
+
+    In a container that is what its limit leaves, with the file cache that the kernel would give up.
+
+    Args:
+        system: the root of the file system.
+    """
+    rooms = [math.inf]
+    with contextlib.suppress(OSError):
+        for line in (system / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                rooms.append(int(line.split()[1]) * 1024)
+    groups = system / "sys/fs/cgroup"
+    for limit, taken, cache, folder in (
+        ("memory.max", "memory.current", "inactive_file", groups),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", groups / "memory"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such group, or "max": no limit
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / taken).read_text()) - int(statistics[cache])
+            rooms.append(max(0, int((folder / limit).read_text()) - used))
+    return min(rooms)
+
+
+def empty_on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor like the given one in main memory, pinned if a card is to fill it and that can be had."""
+    if tensor.is_cuda:
+        with contextlib.suppress(RuntimeError):  # the system limits it; copies into other memory are only slower
+            return torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return torch.empty_like(tensor, device="cpu")

@@ -174,12 +174,15 @@ class Trainer:
         return hashlib.sha256(json.dumps(kind, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def _host_memory(self) -> HostMemory | None:
-        """Half of what is free, shared by all processes, for layers that can let activations wait there."""
+        """For layers that can let activations wait there: a quarter of what is free, shared by all processes.
+
+        Pinned memory comes in blocks of powers of two, so this much may become half.
+        """
         fused = self.loss_module.fused
         if fused is None or not self.config.activation_offload or self.world.device.type == "cpu":
             return None
         each = fused.bytes_a_token
-        own = free_main_memory() / 2 / self.world.size / each, copy_seconds(self.world.device) * each
+        own = free_main_memory() / 4 / self.world.size / each, copy_seconds(self.world.device) * each
         tokens, seconds = zip(*map(json.loads, same_on_all(json.dumps(own))), strict=True)
         return HostMemory(min(tokens), max(seconds))
 
