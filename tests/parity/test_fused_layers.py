@@ -15,6 +15,7 @@ from utils.checkpoint import read_checkpoint
 from utils.fused_layers import FusedLayers, why_not
 from utils.llama import causal_lm, forward_hidden, load_base_model, run_plain
 from utils.model_folder import ModelFolder
+from utils.precision import Precision
 
 CPU = torch.device("cpu")
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
@@ -135,6 +136,19 @@ def test_in_bf16_a_trained_embedding_does_not_change_the_type(tiny_model):
     (embedding,) = (name for name in gradients if "embed_tokens" in name)
     difference = (gradients[embedding] - expected_gradients[embedding]).norm()
     assert difference < 0.1 * expected_gradients[embedding].norm()
+
+
+def test_in_bf16_fifty_steps_stay_within_a_per_cent(deep_model, tmp_path, monkeypatch):
+    bf16 = Precision(torch.bfloat16, torch.bfloat16, "test")
+    monkeypatch.setattr("utils.precision.choose_precision", lambda *_arguments: bf16)
+    settings = {"lora_config": LoraConfig(target_modules=["all-linear"]), "max_steps": 50, "lr": 1e-3}
+    settings |= {"batch_size_training": 4, "num_epochs": 50}
+    expected = train(make_trainer(deep_model, tmp_path / "plain", **settings))
+    monkeypatch.setattr("utils.trainable.why_not", lambda *_arguments: "")
+    losses = train(make_trainer(deep_model, tmp_path / "fused", **settings))
+    assert losses == pytest.approx(expected, rel=0.01)
+    assert losses != expected
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
