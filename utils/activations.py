@@ -4,27 +4,28 @@ They are kept, or computed again (activation checkpointing, Chen et al. 2016), o
 back while the card computes. `MicroBatch` says which layers do what.
 """
 
+import contextlib
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from utils.attention import ROW_MULTIPLE
-from utils.memory import empty_on_host
+from utils.memory import pinned_for
 
 
-class Kept:
-    """A layer's activations, where they are."""
+class Activations:
+    """Those of one layer in one row."""
 
     def __init__(self) -> None:
         self.tensors: Sequence[torch.Tensor] | None = None
 
     def put(self, tensors: Sequence[torch.Tensor]) -> None:
         """Take them from the forward pass."""
-        self.tensors = tensors
+        raise NotImplementedError
 
     def get(self) -> Sequence[torch.Tensor] | None:
         """Give them to the backward pass, once; None = compute them again."""
@@ -32,15 +33,23 @@ class Kept:
         return tensors
 
 
-class Recomputed(Kept):
-    """Nothing is kept but the layer's input."""
+class Kept(Activations):
+    """They stay where they are."""
 
     def put(self, tensors: Sequence[torch.Tensor]) -> None:
-        """See Kept."""
+        """See Activations."""
+        self.tensors = tensors
 
 
-class Offloaded(Kept):
-    """In host memory; two layers' at most are on their way, and take up room on the card.
+class Recomputed(Activations):
+    """Nothing stays but the layer's input."""
+
+    def put(self, tensors: Sequence[torch.Tensor]) -> None:
+        """See Activations."""
+
+
+class Offloaded(Activations):
+    """They wait in host memory; those of two of a row's layers, at most, are on their way and on the card.
 
     Args:
         before: the layer that was offloaded before this one in the same forward pass. In the backward pass its turn
@@ -56,15 +65,16 @@ class Offloaded(Kept):
         """The end of the copy that was begun last."""
 
     def put(self, tensors: Sequence[torch.Tensor]) -> None:
-        """See Kept."""
+        """See Activations."""
         if self.before:
             self.before._leave()
         self.tensors, self.device = tensors, tensors[0].device
-        self.on_host = [empty_on_host(tensor) for tensor in tensors]
+        make = functools.partial(torch.empty_like, device="cpu")
+        self.on_host = [pinned_for(self.device, functools.partial(make, tensor)) for tensor in tensors]
         self._copy(tensors, self.on_host)
 
     def get(self) -> Sequence[torch.Tensor] | None:
-        """See Kept."""
+        """See Activations."""
         self._fetch()
         if self.before:
             self.before._fetch()
@@ -106,25 +116,28 @@ class HostMemory(NamedTuple):
     """Main memory for offloaded activations.
 
     Attributes:
-        tokens: for so many, those of one layer find room.
+        room: bytes.
+        bytes_of: how many a layer takes in a row of so many tokens.
         seconds: that the copy of one token's takes.
     """
 
-    tokens: float
+    room: float
+    bytes_of: Callable[[int], int]
     seconds: float
 
 
-def copy_seconds(device: torch.device, size: int = 2**28) -> float:
-    """How long the copy of a byte from the card to host memory takes, measured with so many of them."""
-    on_card = torch.empty(size, dtype=torch.uint8, device=device)
-    on_host = empty_on_host(on_card)
-    seconds = []
-    for _repeat in range(3):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        on_host.copy_(on_card, non_blocking=True)
-        torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
+def copy_seconds(device: torch.device, size: int = 2**25) -> float:
+    """How long the copy of a byte from the card to host memory takes, measured with so many; infinite = no room."""
+    seconds = [math.inf]
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        on_card = torch.empty(size, dtype=torch.uint8, device=device)
+        on_host = pinned_for(device, functools.partial(torch.empty, size, dtype=torch.uint8))
+        for _repeat in range(5):
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            on_host.copy_(on_card, non_blocking=True)
+            torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
     return min(seconds) / size
 
 
@@ -137,11 +150,13 @@ class MicroBatch(NamedTuple):
             tokens in all.
         offload_every: of the other layers, every so many-th lets them wait in host memory; 0 = none. The rest compute
             them again.
+        rows: how many go forward one after another before the first goes backward; see rows_together.
     """
 
     token_budget: int
     kept_layers: int
     offload_every: int = 0
+    rows: int = 1
 
     def keeps(self, tokens: int, layers: int) -> int:
         """How many of a row's layers keep their activations."""
@@ -152,10 +167,10 @@ class MicroBatch(NamedTuple):
         """How many of the `others`, which do not keep them, offload them."""
         return math.ceil(others / self.offload_every) if self.offload_every else 0
 
-    def activations(self, tokens: int, layers: int) -> list[Kept]:
+    def activations(self, tokens: int, layers: int) -> list[Activations]:
         """Where each layer of a row of so many tokens leaves its activations."""
         kept = self.keeps(tokens, layers)
-        places: list[Kept] = []
+        places: list[Activations] = []
         before = None
         for to_kept in range(layers - kept, 0, -1):
             # The last of them is offloaded in any case: when its turn comes, the card still has its tensors.

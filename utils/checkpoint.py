@@ -5,7 +5,9 @@ beside its place, flushed and hashed; a completion mark with the hashes goes in 
 Where one process can do that alone and a copy is small enough, a thread does it while training goes on.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -24,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from configs.errors import UserError
 from configs.messages import _
 from utils.distributed import World, same_on_all
-from utils.memory import empty_on_host
+from utils.memory import pinned_for
 from utils.optimization import create_state
 
 COMPLETE = "complete.json"
@@ -32,6 +34,9 @@ UNFINISHED = ".unfinished"
 
 COPIED_AT_MOST = 2 * 2**30
 """Bytes of a checkpoint that is copied, so that a thread can write it; a larger one could fill the host's memory."""
+
+ALIGNMENT = 16
+"""Bytes: where a tensor of any type may begin."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Saver:
     def __init__(self, folder: Path, world: World, keep: int) -> None:
         self.folder, self.world, self.keep = folder, world, keep
         self.error = ""
+        self.copies: torch.Tensor | None = None
         self.thread: threading.Thread | None = None
 
     def check_disk_space(self, tensors: dict[str, dict[str, Any]]) -> None:
@@ -112,9 +118,31 @@ class Saver:
         elif self.world.is_main and size_of(tensors) > COPIED_AT_MOST:
             self._write(state, tensors, report)
         elif self.world.is_main:
-            copies = _copies_on_host(tensors)
+            copies = self._copies_on_host(tensors)
             self.thread = threading.Thread(target=self._write, args=(state, copies, report), name="checkpoint")
             self.thread.start()
+
+    def _copies_on_host(self, tensors: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The same as parts of one piece of host memory, which the next checkpoint uses again."""
+        values = [value for group in tensors.values() for value in group.values() if isinstance(value, torch.Tensor)]
+        starts = [0, *itertools.accumulate(-(-value.nbytes // ALIGNMENT) * ALIGNMENT for value in values)]
+        cards = {value.device for value in values if value.is_cuda}
+        if self.copies is None or len(self.copies) != starts[-1]:
+            make = functools.partial(torch.empty, starts[-1], dtype=torch.uint8)
+            self.copies = pinned_for(next(iter(cards), torch.device("cpu")), make)
+        places = iter(starts)
+
+        def copied(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value  # bitsandbytes counts in an int
+            start = next(places)
+            place = self.copies[start : start + value.nbytes].view(value.dtype).view(value.shape)
+            return place.copy_(value, non_blocking=True)
+
+        copies = {name: {key: copied(value) for key, value in group.items()} for name, group in tensors.items()}
+        for card in cards:
+            torch.cuda.synchronize(card)
+        return copies
 
     def wait(self) -> str:
         """Wait until nothing is being written; '' or, on rank 0, why the last checkpoint could not be written."""
@@ -241,21 +269,6 @@ def numbered(folder: Path) -> list[Path]:
     """The folders step-N, newest first."""
     numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-
-
-def _copies_on_host(tensors: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The same in host memory; a card copies all of them in one go."""
-
-    def copy(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value  # bitsandbytes counts in an int
-        return empty_on_host(value).copy_(value, non_blocking=True)
-
-    copies = {group: {name: copy(value) for name, value in members.items()} for group, members in tensors.items()}
-    cards = {value.device for group in tensors.values() for value in group.values() if getattr(value, "is_cuda", False)}
-    for card in cards:
-        torch.cuda.synchronize(card)
-    return copies
 
 
 def _failure_of(action: Callable[[], None]) -> str:

@@ -14,7 +14,6 @@ from configs.training import TrainingConfig
 from utils.activations import MicroBatch
 from utils.llama import causal_lm
 from utils.loss import CHUNK
-from utils.micro_batch import rows_together
 from utils.optimization import BytesEach
 from utils.sharding import sharding_group_size
 
@@ -202,7 +201,6 @@ def estimate(
     micro_batch: MicroBatch,
     cards: int = 1,
     shards: int = 1,
-    rows: int = 1,
 ) -> Estimate:
     """Memory of one process.
 
@@ -212,7 +210,6 @@ def estimate(
         cards: over which the process lays the layers; the estimate is for the last, which has the head and the layers
             that keep most.
         shards: processes that share weights, gradients and optimizer out (FSDP; see sharding_group_size).
-        rows: how many go forward before the first goes backward.
     """
     here = math.ceil(shape.layers / cards)
     others = shape.other_weights if cards == 1 else shape.head_weights
@@ -244,14 +241,14 @@ def estimate(
         gathered += 0.0 if config.use_peft else (compute_bytes + 4) * whole
     tokens, kept = micro_batch.token_budget, min(micro_batch.kept_layers, here)
     in_transit = min(1, micro_batch.offloads(here - kept))  # the last offloaded layer's, when the forward pass ends
-    activations = rows * tokens * ((kept + in_transit) * layer.kept + (here - kept) * layer.recomputed)
+    activations = micro_batch.rows * tokens * ((kept + in_transit) * layer.kept + (here - kept) * layer.recomputed)
     temporary = tokens * layer.temporary + layer.weights + gathered
     if kept < here:
         # Layers that recompute come last in the backward pass, when those that kept theirs have let go of them.
         again = temporary + tokens * layer.kept - tokens * kept * layer.kept
         temporary = max(temporary if kept else 0.0, again)
     # The last norm's fp32 copy, its output, the labelled rows and their gradient; logits of a chunk twice in fp32.
-    logits = tokens * shape.hidden * (4 + 3 * compute_bytes) + 2 * 4.0 * CHUNK * shape.vocabulary
+    logits = micro_batch.rows * tokens * shape.hidden * (4 + 3 * compute_bytes) + 2 * 4.0 * CHUNK * shape.vocabulary
     if config.enable_fsdp and config.fsdp_config.fsdp_cpu_offload:
         weights = trained = 0.0  # they lie in host memory
     return Estimate(weights / shards, trained / shards, activations, temporary, logits)
@@ -305,5 +302,4 @@ def estimate_of_run(trainer: "Trainer") -> Estimate:
         trainer.micro_batch,
         cards=len(trainer.world.devices),
         shards=sharding_group_size(config.fsdp_config, trainer.world.size) if config.enable_fsdp else 1,
-        rows=min(rows_together(trainer.world), math.ceil(trainer.largest_step / trainer.micro_batch.token_budget)),
     )

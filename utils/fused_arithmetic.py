@@ -87,6 +87,11 @@ class Saved(NamedTuple):
     log_sum_exp: torch.Tensor
     narrow: tuple[torch.Tensor | None, ...]
 
+    @property
+    def tensors(self) -> Tensors:
+        """All but `narrow`."""
+        return self[:-1]
+
 
 class Row(NamedTuple):
     """Where the row's tokens stand: rotation [length, head_dim] and segment bounds."""

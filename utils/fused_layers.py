@@ -13,7 +13,7 @@ from torch import nn
 from configs.messages import _
 from configs.training import TrainingConfig
 from utils import fused_arithmetic
-from utils.activations import Kept
+from utils.activations import Activations
 from utils.attention import Segments, has_varlen
 from utils.fused_arithmetic import Group, LayerShape, LayerWeights, Linear, Row, Saved
 from utils.llama import causal_lm
@@ -77,8 +77,8 @@ class FusedLayers:
         )
         linears = (first.self_attn.q_proj, first.self_attn.k_proj, first.self_attn.v_proj, first.self_attn.o_proj)
         widths = [linear.out_features for linear in (*linears, first.mlp.gate_proj, first.mlp.up_proj)]
-        self.bytes_a_token = (sum(widths) + first.self_attn.o_proj.in_features) * dtype.itemsize
-        """What a layer keeps for its backward pass, but for the adapters' narrow products."""
+        self.kept_bytes = [width * dtype.itemsize for width in (*widths, first.self_attn.o_proj.in_features)]
+        """What a layer keeps of a token for its backward pass, tensor by tensor, but for a few narrow ones."""
         self.functions = Functions(fused_arithmetic.forward, fused_arithmetic.backward)
 
     def _group(self, layer: nn.Module, dtype: torch.dtype, *modules: nn.Module) -> Group:
@@ -122,7 +122,7 @@ class FusedLayers:
         self,
         layer: nn.Module,
         hidden: torch.Tensor,
-        activations: Kept,
+        activations: Activations,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         segments: Segments,
         **_plain: Any,
@@ -149,7 +149,7 @@ class _Call(NamedTuple):
     shape: LayerShape
     weights: LayerWeights
     row: Row
-    activations: Kept
+    activations: Activations
     has_backward: bool
 
 
@@ -162,7 +162,7 @@ class _FusedLayer(torch.autograd.Function):
         _mark_length(hidden, *call.row[:3])
         output, saved = call.functions.forward(hidden, call.row, call.shape, call.weights, True)
         if call.has_backward:
-            call.activations.put(saved[:-1])
+            call.activations.put(saved.tensors)
             ctx.call, ctx.narrow = call, saved.narrow
             ctx.save_for_backward(hidden)
         return output
@@ -177,7 +177,7 @@ class _FusedLayer(torch.autograd.Function):
         else:
             _nothing, saved = call.functions.forward(hidden, call.row, call.shape, call.weights, False)
         (grad_output,) = grad_outputs
-        _mark_length(grad_output, *saved[:7])
+        _mark_length(grad_output, *saved.tensors[:-1])
         _mark_length(*(narrow for narrow in saved.narrow if narrow is not None))
         torch._dynamo.maybe_mark_dynamic(saved.log_sum_exp, 1)
         grad_hidden, grads = call.functions.backward(

@@ -17,7 +17,7 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.quantization import Quantization
 from utils import attention
-from utils.activations import Kept, Recomputed
+from utils.activations import Activations, Kept, Recomputed
 from utils.attention import PastKeyValues, Segments
 from utils.model_folder import ModelFolder
 from utils.quantization import QuantizedLinear, quantize_linears
@@ -158,7 +158,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def run_plain(layer: nn.Module, hidden: torch.Tensor, activations: Kept, **arguments: Any) -> torch.Tensor:
+def run_plain(layer: nn.Module, hidden: torch.Tensor, activations: Activations, **arguments: Any) -> torch.Tensor:
     """A decoder layer's output, [1, length, hidden_size]; its activations are kept by autograd, or not at all."""
     if isinstance(activations, Recomputed) and torch.is_grad_enabled():
         return checkpoint(layer, hidden, use_reentrant=False, **arguments)
@@ -171,7 +171,7 @@ def forward_hidden(
     position_ids: torch.Tensor,
     segments: Segments | None = None,
     past: PastKeyValues | None = None,
-    activations: Sequence[Kept] | None = None,
+    activations: Sequence[Activations] | None = None,
     run_layer: RunLayer | None = None,
 ) -> torch.Tensor:
     """What the output head is applied to: the decoder's normalised output, shape [length, hidden_size].

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -56,9 +57,26 @@ def free_main_memory(system: Path = Path("/")) -> float:
     return min(rooms)
 
 
-def empty_on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """An empty tensor like the given one in main memory, pinned if a card is to fill it and that can be had."""
-    if tensor.is_cuda:
-        with contextlib.suppress(RuntimeError):  # the system limits it; copies into other memory are only slower
-            return torch.empty_like(tensor, device="cpu", pin_memory=True)
-    return torch.empty_like(tensor, device="cpu")
+def give_back(devices: Sequence[torch.device]) -> None:
+    """Give cards and host back what torch holds in reserve, once the cards have done all that they were told.
+
+    An attempt that ran out of memory may have left copies under way, from and to memory that would be unmapped.
+    """
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError):  # no part of torch's public interface
+        torch._C._host_emptyCache()
+
+
+def pinned_for(device: torch.device, make: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """What `make` makes in main memory, to be filled from `device`: pinned if that is a card and the system allows it.
+
+    Args:
+        make: takes pin_memory=True.
+    """
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # copies into other memory are right too, and slower
+            return make(pin_memory=True)
+    return make()

@@ -15,6 +15,7 @@ import torch
 
 from utils.activations import HostMemory, MicroBatch
 from utils.distributed import World, from_main, same_on_all
+from utils.memory import give_back
 
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU: enough to fill it, few enough to stay in its caches."""
@@ -45,13 +46,14 @@ def cards_of(world: World) -> list[list[Any]]:
     return [[card.name, card.total_memory] for card in cards]
 
 
-def rows_together(world: World) -> int:
-    """Rows that go forward one after another before the first goes backward.
+def rows_together(cards: int) -> int:
+    """Rows of a process with so many cards that go forward one after another before the first goes backward.
 
     Over several cards two for each, so that one card works on a row while the next works on the row before (the
-    schedule of GPipe, Huang et al. 2019); a queue of the card's own work is all that it takes.
+    schedule of GPipe, Huang et al. 2019). Cards work off what they are told without being waited for, so the order in
+    which rows are sent is all that it takes.
     """
-    return 2 * len(world.devices) if len(world.devices) > 1 else 1
+    return 2 * cards if cards > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Search:
         known = from_main(known)  # machines may have files of their own
         if known and 0.9 * free <= known["free"] <= 1.1 * free:
             micro_batch = MicroBatch(*known["micro_batch"])
-            if self.is_sharded or self._fits(micro_batch):
+            if self.is_sharded or (self.has_host_memory(micro_batch) and self._fits(micro_batch)):
                 return micro_batch
         found = self.by_extrapolation() if self.is_sharded else self.by_trying()
         with contextlib.suppress(OSError, RuntimeError):  # a home that can't be written to costs the next start seconds
@@ -111,18 +113,23 @@ class Search:
         but fill the card less well; so sizes are tried downwards until the next one is slower.
         """
         budgets, every_layer = token_budgets(self.longest_example, self.largest_step), self.kept_counts[-1]
+        cards = len(self.world.devices)
+        tried = [(budget, min(rows_together(cards), math.ceil(self.largest_step / budget))) for budget in budgets]
+        if cards > 1:
+            tried.append((budgets[-1], 1))
         best, best_speed = MicroBatch(budgets[-1], self.kept_counts[0]), 0.0
-        for budget in budgets:
-            kept = self._most_kept_layers(budget)
+        for budget, rows in tried:
+            kept = self._most_kept_layers(MicroBatch(budget, 0, rows=rows))
             if kept is None:
                 continue
-            if kept == every_layer and not best_speed and len(self.world.devices) == 1:
-                return MicroBatch(budget, kept)
-            found, speed = self._fastest(MicroBatch(budget, kept))
-            if speed <= best_speed:
+            micro_batch = MicroBatch(budget, kept, rows=rows)
+            if kept == every_layer and not best_speed and cards == 1:
+                return micro_batch
+            found, speed = self._fastest(micro_batch)
+            if best_speed and speed <= best_speed:
                 break
             best, best_speed = found, speed
-            if kept == every_layer and len(self.world.devices) == 1:
+            if kept == every_layer and cards == 1:
                 break
         return best
 
@@ -165,17 +172,21 @@ class Search:
                 return smaller
         return micro_batch._replace(token_budget=self.longest_example)
 
-    def _most_kept_layers(self, budget: int) -> int | None:
+    def _most_kept_layers(self, micro_batch: MicroBatch) -> int | None:
         """The most of `kept_counts` that fits; None = not even the least does."""
+
+        def fits_with(count: int) -> bool:
+            return self._fits(micro_batch._replace(kept_layers=count))
+
         kept_counts = self.kept_counts
-        if self._fits(MicroBatch(budget, kept_counts[-1])):
+        if fits_with(kept_counts[-1]):
             return kept_counts[-1]
         fits, too_many = 0, len(kept_counts) - 1
-        if not too_many or not self._fits(MicroBatch(budget, kept_counts[0])):
+        if not too_many or not fits_with(kept_counts[0]):
             return None
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
-            if self._fits(MicroBatch(budget, kept_counts[middle])):
+            if fits_with(kept_counts[middle]):
                 fits = middle
             else:
                 too_many = middle
@@ -188,34 +199,45 @@ class Search:
         if not self.host or micro_batch.kept_layers == self.kept_counts[-1] or not best_speed:
             return best, best_speed
         # The copy of a layer's takes as long as the forward passes of `pace` layers. A step is a forward pass of all
-        # layers, another of those that recompute, and over frozen weights a backward pass costs about the same.
-        passes = 3 * self.kept_counts[-1] - micro_batch.kept_layers
-        pace = self.host.seconds * best_speed * passes
+        # layers, another of those that recompute, and over frozen weights a backward pass costs about the same. Several
+        # cards share the layers, and each has its own way to the host.
+        layer_passes = 3 * self.kept_counts[-1] - micro_batch.kept_layers
+        pace = self.host.seconds * best_speed * layer_passes / len(self.world.devices)
+        if not math.isfinite(pace):
+            return best, best_speed
         # The activations of one offloaded layer are still on the card when the others begin to keep theirs.
         kept = max(self.kept_counts[0], micro_batch.kept_layers - 1)
-        for every in sorted({max(1, round(pace)), math.ceil(pace)}):
-            candidate = MicroBatch(micro_batch.token_budget, kept, every)
-            if self._has_host_memory(candidate) and self._fits(candidate):
+        # With less room than that takes, fewer layers are offloaded.
+        others = self.kept_counts[-1] - kept
+        least = math.ceil(others / max(1, self.host.room // (micro_batch.rows * self._host_bytes(micro_batch))))
+        for every in sorted({max(1, least, round(pace)), max(least, math.ceil(pace))}):
+            candidate = micro_batch._replace(kept_layers=kept, offload_every=every)
+            if self.has_host_memory(candidate) and self._fits(candidate):
                 speed = self._speed(candidate)
                 if speed > best_speed:
                     best, best_speed = candidate, speed
         return best, best_speed
 
-    def _has_host_memory(self, micro_batch: MicroBatch) -> bool:
+    def has_host_memory(self, micro_batch: MicroBatch) -> bool:
         """Whether what its layers offload finds room there."""
         offloaded = micro_batch.offloads(self.kept_counts[-1] - micro_batch.kept_layers)
-        return offloaded * micro_batch.token_budget * rows_together(self.world) <= (self.host or (0, 0))[0]
+        room = self.host.room if self.host else 0
+        return not offloaded or micro_batch.rows * offloaded * self._host_bytes(micro_batch) <= room
+
+    def _host_bytes(self, micro_batch: MicroBatch) -> int:
+        """What one layer of a full row takes in host memory."""
+        return self.host.bytes_of(micro_batch.token_budget) if self.host else 0
 
     def _fits(self, micro_batch: MicroBatch) -> bool:
-        """Whether a largest step's rows find room."""
-        rows = min(rows_together(self.world), math.ceil(self.largest_step / micro_batch.token_budget))
-        return fits(self.world, functools.partial(self.try_step, micro_batch, micro_batch.token_budget, rows))
+        """Whether full rows find room."""
+        attempt = functools.partial(self.try_step, micro_batch, micro_batch.token_budget, micro_batch.rows)
+        return fits(self.world, attempt)
 
     def _speed(self, micro_batch: MicroBatch) -> float:
         """Tokens/s of a usual step's rows; 0 = out of memory."""
         rows = math.ceil(self.mean_step / micro_batch.token_budget)
         tokens = max(self.longest_example, math.ceil(self.mean_step / rows))
-        together = min(rows, rows_together(self.world))
+        together = min(rows, micro_batch.rows)
         seconds = measure(self.world, functools.partial(self.try_step, micro_batch, tokens, together))
         return tokens * together / seconds if seconds else 0.0
 
@@ -261,7 +283,7 @@ def fits(world: World, attempt: Callable[[], None]) -> bool:
         _wait_for(world)
     except torch.cuda.OutOfMemoryError:
         answer = False
-    torch.cuda.empty_cache()
+    give_back(world.devices)
     return "False" not in same_on_all(str(answer))
 
 
@@ -279,6 +301,6 @@ def measure(world: World, attempt: Callable[[], None]) -> float | None:
             seconds = min(seconds, start - last)
     except torch.cuda.OutOfMemoryError:
         seconds = math.inf
-    torch.cuda.empty_cache()
+    give_back(world.devices)
     slowest = max(float(answer) for answer in same_on_all(str(seconds)))
     return None if math.isinf(slowest) else slowest

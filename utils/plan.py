@@ -23,7 +23,7 @@ from utils.estimate import Estimate, Kind, Shape, estimate, trained_parameters
 from utils.fused_layers import why_not
 from utils.memory import free_main_memory
 from utils.metrics import duration
-from utils.micro_batch import CPU_TOKENS, relative_speed, token_budgets
+from utils.micro_batch import CPU_TOKENS, relative_speed, rows_together, token_budgets
 from utils.model_folder import ModelFolder
 from utils.optimization import BytesEach, check_optimizer
 from utils.packing import Schedule
@@ -112,7 +112,11 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
             tried = [MicroBatch(max(longest, CPU_TOKENS), shape.layers)]
         else:
             budgets = token_budgets(longest, math.ceil(1.02 * largest_step))
-            tried = [MicroBatch(budget, kept) for kept in range(shape.layers, -1, -1) for budget in budgets]
+            tried = [
+                MicroBatch(budget, kept, rows=min(rows_together(cards), math.ceil(1.02 * largest_step / budget)))
+                for kept in range(shape.layers, -1, -1)
+                for budget in budgets
+            ]
         size = precision.compute.itemsize
         found = [(estimate(variant, shape, size, kind, each, cards, processes), each) for each in tried]
         fitting = [candidate for candidate in found if candidate[0].needed <= available]

@@ -100,7 +100,7 @@ def _where_activations_go(micro_batch: MicroBatch, layers: int) -> str:
             layers=layers,
         )
     if offloaded:
-        text += _("; those of {count} layers wait in main memory", count=offloaded)
+        text += _("; the activations of {count} layers wait in main memory", count=offloaded)
     return text
 
 

@@ -26,9 +26,9 @@ from utils.data import Data
 from utils.distributed import World, barrier, same_on_all, sum_across, sum_gradients, total_across
 from utils.interruptions import Interruptions
 from utils.llama import causal_lm
-from utils.memory import free_main_memory, peak_memory_gb
+from utils.memory import free_main_memory, give_back, peak_memory_gb
 from utils.metrics import Metrics, Progress
-from utils.micro_batch import Search, cards_of, rows_together
+from utils.micro_batch import Search, cards_of
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
 from utils.packing import PackedBatch, pack, seed_of, share_out
 from utils.precision import Precision
@@ -123,7 +123,8 @@ class Trainer:
         # Processes do not share a step out quite evenly.
         step = self.schedule.largest_step([len(example) for example in self.training])
         self.largest_step = math.ceil(1.02 * step / self.world.size)
-        self.mean_step = math.ceil(mean_length * self.schedule.global_batch_size / self.world.size)
+        mean_step = math.ceil(mean_length * self.schedule.global_batch_size / self.world.size)
+        self.mean_step = min(mean_step, self.largest_step)
         self.kind = self._kind()
         longest_first = sorted(self.training, key=len, reverse=True)
         search = Search(
@@ -137,7 +138,8 @@ class Trainer:
             self._host_memory(),
         )
         kind, *earlier = self.earlier_micro_batch
-        self.micro_batch = MicroBatch(*earlier) if kind == self.kind else search.best(self.kind)
+        is_known = kind == self.kind and search.has_host_memory(MicroBatch(*earlier))
+        self.micro_batch = MicroBatch(*earlier) if is_known else search.best(self.kind)
         if self.compiles and not fused:
             self.loss_module.compile()
             if not search.is_sharded:
@@ -176,15 +178,18 @@ class Trainer:
     def _host_memory(self) -> HostMemory | None:
         """For layers that can let activations wait there: a quarter of what is free, shared by all processes.
 
-        Pinned memory comes in blocks of powers of two, so this much may become half.
+        A row may take memory anew before torch gives it what the row before has let go of: half of what is free then.
         """
         fused = self.loss_module.fused
         if fused is None or not self.config.activation_offload or self.world.device.type == "cpu":
             return None
-        each = fused.bytes_a_token
-        own = free_main_memory() / 4 / self.world.size / each, copy_seconds(self.world.device) * each
-        tokens, seconds = zip(*map(json.loads, same_on_all(json.dumps(own))), strict=True)
-        return HostMemory(min(tokens), max(seconds))
+        own = free_main_memory() / 4 / self.world.size, copy_seconds(self.world.device) * sum(fused.kept_bytes)
+        rooms, seconds = zip(*map(json.loads, same_on_all(json.dumps(own))), strict=True)
+
+        def bytes_of(tokens: int) -> int:
+            return sum(2 ** math.ceil(math.log2(tokens * each)) for each in fused.kept_bytes)  # torch rounds them up
+
+        return HostMemory(min(rooms), bytes_of, max(seconds))
 
     def _try_micro_batch(self, longest_first: list[Example], micro_batch: MicroBatch, tokens: int, rows: int) -> None:
         """Let rows of the longest examples go forward and backward together, and take nothing from it."""
@@ -296,11 +301,14 @@ class Trainer:
                 return self._gradients(step)
             recover(self.loss_module)
             self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            budget = self.micro_batch.token_budget
-            if self.world.size > 1 or budget <= self.longest:
+            give_back(self.world.devices)
+            budget, rows = self.micro_batch.token_budget, self.micro_batch.rows
+            if self.world.size > 1 or (rows == 1 and budget <= self.longest):
                 raise UserError(out_of_memory())
-            self.micro_batch = self.micro_batch._replace(token_budget=max(self.longest, budget * 3 // 4))
+            if rows > 1:
+                self.micro_batch = self.micro_batch._replace(rows=rows // 2)
+            else:
+                self.micro_batch = self.micro_batch._replace(token_budget=max(self.longest, budget * 3 // 4))
 
     def _gradients(self, step: int) -> tuple[list[Example], torch.Tensor]:
         """A step's examples and this process's part of its loss, times the loss scale; leaves gradients behind."""
@@ -308,7 +316,7 @@ class Trainer:
         labels = sum(example.response_length for example in examples)
         scale = self.loss_scale.value / labels
         loss = torch.zeros((), dtype=torch.float64, device=self.world.devices[-1])
-        together = rows_together(self.world)
+        together = self.micro_batch.rows
         for start in range(0, len(batches), together):
             values = []
             for number, (batch, counts) in enumerate(batches[start : start + together], start):

@@ -100,8 +100,8 @@ def test_lora_losses_are_the_plain_loops_for_every_micro_batch_size(
 
 def test_rows_that_go_forward_together_give_the_same_losses(tiny_model, lora_losses, tmp_path, monkeypatch):
     """As over several cards, where one card works on a row while the next works on the row before."""
-    monkeypatch.setattr("utils.training.rows_together", lambda _world: 3)
     trainer = make_trainer(tiny_model, tmp_path, batch_size_training=4, max_steps=STEPS, lr=RATE, micro_batch_size=1)
+    trainer.micro_batch = trainer.micro_batch._replace(rows=3)
     calls: list[str] = []
 
     def note(_module, _inputs, loss: torch.Tensor) -> None:

@@ -51,7 +51,7 @@ def test_sizes_are_the_largest_step_in_equal_parts():
 def test_a_large_card_takes_a_step_at_once_and_is_asked_once(monkeypatch):
     card = Card(8000 * (4 + LAYERS), monkeypatch)
     found = card.asked().by_trying()
-    assert found == (8000, LAYERS, 0)
+    assert found == MicroBatch(8000, LAYERS)
     assert card.trials == [(found, 8000, 1)]
 
 
@@ -83,20 +83,20 @@ def test_what_counts_is_the_speed_of_a_usual_step(monkeypatch):
 @pytest.mark.parametrize(("copy", "expected"), [(2.0, 4), (0.9, 2), (0.5, 1), (0.01, 1)])
 def test_host_memory_takes_what_it_can_while_the_card_computes(monkeypatch, copy, expected):
     """A copy of a layer's takes `copy` forward and backward passes of it; a forward pass is half of both."""
-    host = HostMemory(10**9, copy / LAYERS)
+    host = HostMemory(10**9, int, copy / LAYERS)
     found = Card(90_000, monkeypatch, copy=0.0).asked(longest=2500, host=host).by_trying()
     assert found.offload_every == expected
 
 
 def test_host_memory_is_not_used_where_that_is_slower(monkeypatch):
-    found = Card(90_000, monkeypatch, copy=0.6).asked(host=HostMemory(10**9, 0.3 / LAYERS)).by_trying()
+    found = Card(90_000, monkeypatch, copy=0.6).asked(host=HostMemory(10**9, int, 0.3 / LAYERS)).by_trying()
     assert not found.offload_every
 
 
 def test_no_more_waits_in_host_memory_than_it_has_room_for(monkeypatch):
     card = Card(40_000, monkeypatch, copy=0.1)
     for host_tokens in (0, 20_000, 60_000, 100_000):
-        card.asked(host=HostMemory(host_tokens, 0.1 / LAYERS)).by_trying()
+        card.asked(host=HostMemory(host_tokens, int, 0.1 / LAYERS)).by_trying()
         on_host = [t * c.offloads(LAYERS - c.keeps(t, LAYERS)) for c, t, _rows in card.trials]
         assert max(on_host) <= host_tokens
         assert bool(max(on_host)) == (host_tokens > 0)
@@ -105,7 +105,7 @@ def test_no_more_waits_in_host_memory_than_it_has_room_for(monkeypatch):
 
 def test_what_the_user_has_fixed_stays(monkeypatch):
     card = Card(60_000, monkeypatch)
-    assert card.asked(kept=[0]).by_trying() == (8000, 0, 0)
+    assert card.asked(kept=[0]).by_trying() == MicroBatch(8000, 0)
     assert all(chosen.kept_layers == 0 for chosen, _tokens, _rows in card.trials)
 
 
@@ -118,8 +118,8 @@ def test_over_several_cards_rows_go_together(monkeypatch):
     found = card.asked(world=two_cards).by_trying()
     seconds = {rows: (8000 / rows + 300) * (rows + 1) / 2 for rows in (1, 2, 3, 4)}
     assert 8000 / found.token_budget == pytest.approx(min(seconds, key=seconds.get), abs=0.01)
-    assert rows_together(two_cards) == 4
-    assert rows_together(CARD) == 1
+    assert rows_together(2) == 4
+    assert rows_together(1) == 1
 
 
 @pytest.mark.parametrize("memory", [40_000, 60_000, 150_000, 400_000])
@@ -133,13 +133,35 @@ def test_a_sharded_search_never_tries_what_does_not_fit(monkeypatch, memory):
 
     monkeypatch.setattr(micro_batch, "_peak", peak)
     monkeypatch.setattr(micro_batch, "_memory_limit", lambda _world: memory)
-    tokens, kept, _every = card.asked(longest=100).by_extrapolation()
+    tokens, kept, *_others = card.asked(longest=100).by_extrapolation()
     assert tokens * (4 + kept) <= 0.9 * memory
     if memory >= 400_000:
         assert (tokens, kept) == (8000, LAYERS)
     # As much as there is room for: neither a layer more nor the next size would have fitted.
     elif kept < LAYERS:
         assert tokens * (4 + kept + 1) > 0.9 * memory
+
+
+def test_cards_without_room_for_several_rows_take_one_at_a_time(monkeypatch):
+    card = Card(5000 * (4 + 3), monkeypatch)
+    two_cards = World(0, 0, 1, [torch.device("cuda", 0), torch.device("cuda", 1)])
+    found = card.asked(longest=5000, largest=10_000, world=two_cards).by_trying()
+    assert found.rows == 1
+    assert found.token_budget == 5000
+    assert found.kept_layers == 2  # one less than fits
+
+
+def test_an_earlier_answer_that_needs_more_host_memory_than_there_is_now_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    card = Card(90_000, monkeypatch, copy=0.1)
+    monkeypatch.setattr(micro_batch, "_memory_limit", lambda _world: card.memory)
+
+    def host_bytes(room: int) -> int:
+        found = card.asked(host=HostMemory(room, int, 0.1 / LAYERS)).best("one")
+        return found.token_budget * found.offloads(LAYERS - found.kept_layers)
+
+    assert host_bytes(10**9) > 10_000
+    assert host_bytes(10_000) <= 10_000
 
 
 def test_an_earlier_runs_answer_is_used_as_long_as_it_fits(monkeypatch, tmp_path):
