@@ -209,7 +209,8 @@ class Search:
         kept = max(self.kept_counts[0], micro_batch.kept_layers - 1)
         # With less room than that takes, fewer layers are offloaded.
         others = self.kept_counts[-1] - kept
-        least = math.ceil(others / max(1, self.host.room // (micro_batch.rows * self._host_bytes(micro_batch))))
+        affordable = math.floor(min(others, self.host.room / (micro_batch.rows * self._host_bytes(micro_batch))))
+        least = math.ceil(others / max(1, affordable))
         for every in sorted({max(1, least, round(pace)), max(least, math.ceil(pace))}):
             candidate = micro_batch._replace(kept_layers=kept, offload_every=every)
             if self.has_host_memory(candidate) and self._fits(candidate):
