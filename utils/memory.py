@@ -58,7 +58,7 @@ def free_main_memory(system: Path = Path("/")) -> float:
 
 
 def give_back(devices: Sequence[torch.device]) -> None:
-    """Give cards and host back what torch holds in reserve, once the cards have done all that they were told.
+    """Give cards back the memory that torch holds in reserve, once they have done all that they were told.
 
     An attempt that ran out of memory may have left copies under way, from and to memory that would be unmapped.
     """
@@ -66,7 +66,11 @@ def give_back(devices: Sequence[torch.device]) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    with contextlib.suppress(AttributeError):  # no part of torch's public interface
+
+
+def give_back_host() -> None:
+    """Give the system back the pinned memory that torch holds in reserve; to pin it again takes seconds."""
+    with contextlib.suppress(AttributeError):  # no part of torch's public interface, and not in builds for CPUs
         torch._C._host_emptyCache()
 
 

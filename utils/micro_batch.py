@@ -15,7 +15,7 @@ import torch
 
 from utils.activations import HostMemory, MicroBatch
 from utils.distributed import World, from_main, same_on_all
-from utils.memory import give_back
+from utils.memory import give_back, give_back_host
 
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU: enough to fill it, few enough to stay in its caches."""
@@ -126,6 +126,7 @@ class Search:
             if kept == every_layer and not best_speed and cards == 1:
                 return micro_batch
             found, speed = self._fastest(micro_batch)
+            give_back_host()  # the next size needs other pieces
             if best_speed and speed <= best_speed:
                 break
             best, best_speed = found, speed
