@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from configs.errors import UserError
 from configs.messages import _
 from utils.distributed import World, same_on_all
-from utils.memory import pinned_for
+from utils.memory import pinned_for, wait_for
 from utils.optimization import create_state
 
 COMPLETE = "complete.json"
@@ -140,8 +140,7 @@ class Saver:
             return place.copy_(value, non_blocking=True)
 
         copies = {name: {key: copied(value) for key, value in group.items()} for name, group in tensors.items()}
-        for card in cards:
-            torch.cuda.synchronize(card)
+        wait_for(cards)
         return copies
 
     def wait(self) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -57,14 +57,19 @@ def free_main_memory(system: Path = Path("/")) -> float:
     return min(rooms)
 
 
-def give_back(devices: Sequence[torch.device]) -> None:
+def wait_for(devices: Iterable[torch.device]) -> None:
+    """Wait until cards have done all that they were told."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def give_back(devices: Iterable[torch.device]) -> None:
     """Give cards back the memory that torch holds in reserve, once they have done all that they were told.
 
     An attempt that ran out of memory may have left copies under way, from and to memory that would be unmapped.
     """
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    wait_for(devices)
     torch.cuda.empty_cache()
 
 

@@ -15,7 +15,7 @@ import torch
 
 from utils.activations import HostMemory, MicroBatch
 from utils.distributed import World, from_main, same_on_all
-from utils.memory import give_back, give_back_host
+from utils.memory import give_back, give_back_host, wait_for
 
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU: enough to fill it, few enough to stay in its caches."""
@@ -46,14 +46,14 @@ def cards_of(world: World) -> list[list[Any]]:
     return [[card.name, card.total_memory] for card in cards]
 
 
-def rows_together(cards: int) -> int:
-    """Rows of a process with so many cards that go forward one after another before the first goes backward.
+def rows_together(cards: int, step: int, token_budget: int) -> int:
+    """Rows of a step of so many tokens that go forward one after another before the first goes backward.
 
     Over several cards two for each, so that one card works on a row while the next works on the row before (the
     schedule of GPipe, Huang et al. 2019). Cards work off what they are told without being waited for, so the order in
     which rows are sent is all that it takes.
     """
-    return 2 * cards if cards > 1 else 1
+    return min(2 * cards if cards > 1 else 1, math.ceil(step / token_budget))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Search:
         """
         budgets, every_layer = token_budgets(self.longest_example, self.largest_step), self.kept_counts[-1]
         cards = len(self.world.devices)
-        tried = [(budget, min(rows_together(cards), math.ceil(self.largest_step / budget))) for budget in budgets]
+        tried = [(budget, rows_together(cards, self.largest_step, budget)) for budget in budgets]
         if cards > 1:
             tried.append((budgets[-1], 1))
         best, best_speed = MicroBatch(budgets[-1], self.kept_counts[0]), 0.0
@@ -272,35 +272,29 @@ def _memory_limit(world: World) -> float:
     return min(float(answer) for answer in same_on_all(str(min(limits))))
 
 
-def _wait_for(world: World) -> None:
-    for device in world.devices:
-        torch.cuda.synchronize(device)
-
-
 def fits(world: World, attempt: Callable[[], None]) -> bool:
     """Whether the memory of every process's cards suffices for `attempt`."""
-    answer = True
-    try:
+    return measure(world, attempt, repeat_for=0.0) is not None
+
+
+def measure(world: World, attempt: Callable[[], None], repeat_for: float = MEASURED_SECONDS) -> float | None:
+    """Seconds that `attempt` takes on the slowest process, at best; None = out of memory on one of them.
+
+    Args:
+        repeat_for: seconds for which it is repeated after the first time, which compiles and finds the fastest kernels.
+    """
+
+    def once() -> float:
+        start = time.perf_counter()
         attempt()
-        _wait_for(world)
-    except torch.cuda.OutOfMemoryError:
-        answer = False
-    give_back(world.devices)
-    return "False" not in same_on_all(str(answer))
+        wait_for(world.devices)
+        return time.perf_counter() - start
 
-
-def measure(world: World, attempt: Callable[[], None]) -> float | None:
-    """Seconds that `attempt` takes on the slowest process, at best; None = out of memory on one of them."""
-    seconds = math.inf
     try:
-        attempt()  # compiles, and finds the fastest kernels
-        _wait_for(world)
-        began = start = time.perf_counter()
-        while start - began < MEASURED_SECONDS:
-            attempt()
-            _wait_for(world)
-            start, last = time.perf_counter(), start
-            seconds = min(seconds, start - last)
+        seconds = once()
+        until = time.perf_counter() + repeat_for
+        while time.perf_counter() < until:
+            seconds = min(seconds, once())
     except torch.cuda.OutOfMemoryError:
         seconds = math.inf
     give_back(world.devices)

@@ -104,16 +104,16 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
         kind = "fused"
     available = _memory_available(config, device, cards)
     longest = max(map(len, [*data.training, *data.held_out]))
-    largest_step = schedule.largest_step([len(example) for example in data.training])
+    largest_step = math.ceil(1.02 * schedule.largest_step([len(example) for example in data.training]))
 
     def fit(variant: TrainingConfig) -> tuple[Estimate, int, bool]:
         """The fastest setting that fits (or the most frugal one), its tokens a micro-batch, and whether it fits."""
         if device.type == "cpu":
             tried = [MicroBatch(max(longest, CPU_TOKENS), shape.layers)]
         else:
-            budgets = token_budgets(longest, math.ceil(1.02 * largest_step))
+            budgets = token_budgets(longest, largest_step)
             tried = [
-                MicroBatch(budget, kept, rows=min(rows_together(cards), math.ceil(1.02 * largest_step / budget)))
+                MicroBatch(budget, kept, rows=rows_together(cards, largest_step, budget))
                 for kept in range(shape.layers, -1, -1)
                 for budget in budgets
             ]

@@ -1,10 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and an end that loses nothing."""
 
 import contextlib
-import functools
 import gc
-import hashlib
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -18,23 +15,24 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example
 from utils import checkpoint as checkpoints
-from utils.activations import HostMemory, MicroBatch, copy_seconds
+from utils.activations import MicroBatch
 from utils.adapters import trainable_parameters
 from utils.checkpoint import Checkpoint
 from utils.compiling import should_compile
 from utils.data import Data
-from utils.distributed import World, barrier, same_on_all, sum_across, sum_gradients, total_across
+from utils.distributed import World, barrier, sum_across, sum_gradients, total_across
 from utils.interruptions import Interruptions
 from utils.llama import causal_lm
-from utils.memory import free_main_memory, give_back, peak_memory_gb
+from utils.memory import give_back, peak_memory_gb
 from utils.metrics import Metrics, Progress
-from utils.micro_batch import Search, cards_of
+from utils.micro_batch import Search
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
 from utils.packing import PackedBatch, pack, seed_of, share_out
 from utils.precision import Precision
 from utils.response_loss import ResponseLoss
 from utils.run_folder import Start
 from utils.sharding import is_sharded, recover
+from utils.trials import Trials
 from utils.watch import LossWatch
 
 MAX_FAILED_STEPS = 10
@@ -122,20 +120,33 @@ class Trainer:
         kept_counts = range(layers + 1) if recompute is None else [0 if recompute else layers]
         # Processes do not share a step out quite evenly.
         step = self.schedule.largest_step([len(example) for example in self.training])
-        self.largest_step = math.ceil(1.02 * step / self.world.size)
-        mean_step = math.ceil(mean_length * self.schedule.global_batch_size / self.world.size)
-        self.mean_step = min(mean_step, self.largest_step)
-        self.kind = self._kind()
-        longest_first = sorted(self.training, key=len, reverse=True)
+        largest_step = math.ceil(1.02 * step / self.world.size)
+        mean_step = min(math.ceil(mean_length * self.schedule.global_batch_size / self.world.size), largest_step)
+        trials = Trials(
+            self.config,
+            self.world,
+            self.loss_module,
+            list(self.parameters.values()),
+            self.optimizer,
+            sorted(self.training, key=len, reverse=True),
+            self._pack,
+            largest_step,
+        )
+        self.kind = trials.kind(
+            compute=str(self.precision.compute),
+            compiles=self.compiles,
+            longest=self.longest,
+            steps=[largest_step, mean_step],
+        )
         search = Search(
             self.world,
             self.longest,
-            self.largest_step,
-            self.mean_step,
+            largest_step,
+            mean_step,
             kept_counts,
-            functools.partial(self._try_micro_batch, longest_first),
+            trials.attempt,
             is_sharded(self.loss_module),
-            self._host_memory(),
+            trials.host_memory(),
         )
         kind, *earlier = self.earlier_micro_batch
         is_known = kind == self.kind and search.has_host_memory(MicroBatch(*earlier))
@@ -153,68 +164,6 @@ class Trainer:
     @micro_batch.setter
     def micro_batch(self, micro_batch: MicroBatch) -> None:
         self.loss_module.micro_batch = micro_batch
-
-    def _kind(self) -> str:
-        """All that the best micro-batch depends on, the cards of all processes included; the same on all."""
-        settings = self.config.flat()
-        names = (
-            "use_peft peft_method quantization optimizer pure_bf16 freeze_layers num_freeze_layers micro_batch_size "
-            "activation_offload"
-        )
-        chosen = {name for name in settings if name in names.split() or "_config." in name}
-        limits = same_on_all(json.dumps([cards_of(self.world), self.config.gpu_memory_gb]))
-        kind = {name: settings[name] for name in chosen} | {
-            "torch": torch.__version__,
-            "cards": limits,
-            "model": causal_lm(self.model).config.to_dict(),
-            "compute": str(self.precision.compute),
-            "compiles": self.compiles,
-            "sharded": is_sharded(self.loss_module),
-            "longest": self.longest,
-            "steps": [self.largest_step, self.mean_step],
-        }
-        return hashlib.sha256(json.dumps(kind, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-    def _host_memory(self) -> HostMemory | None:
-        """For layers that can let activations wait there: a quarter of what is free, shared by all processes.
-
-        A row may take memory anew before torch gives it what the row before has let go of: half of what is free then.
-        """
-        fused = self.loss_module.fused
-        if fused is None or not self.config.activation_offload or self.world.device.type == "cpu":
-            return None
-        own = free_main_memory() / 4 / self.world.size, copy_seconds(self.world.device) * sum(fused.kept_bytes)
-        rooms, seconds = zip(*map(json.loads, same_on_all(json.dumps(own))), strict=True)
-
-        def bytes_of(tokens: int) -> int:
-            return sum(2 ** math.ceil(math.log2(tokens * each)) for each in fused.kept_bytes)  # torch rounds them up
-
-        return HostMemory(min(rooms), bytes_of, max(seconds))
-
-    def _try_micro_batch(self, longest_first: list[Example], micro_batch: MicroBatch, tokens: int, rows: int) -> None:
-        """Let rows of the longest examples go forward and backward together, and take nothing from it."""
-        chosen, total = [], 0
-        for example in longest_first:
-            if chosen and total + len(example) > tokens:
-                break
-            chosen.append(example)
-            total += len(example)
-        self.micro_batch = micro_batch
-        if tokens * rows < self.largest_step:  # from a step's second micro-batch on, gradients lie beside
-            for parameter in self.parameters.values():
-                parameter.grad = torch.zeros_like(parameter)
-        try:
-            batch = self._pack(chosen, tokens)
-            for value in [self.loss_module(batch, 0.0) for _row in range(rows)]:
-                value.backward()
-            assert all(p.grad is not None for p in self.parameters.values()), "a trainable parameter without a gradient"
-            # The optimizer's state will lie beside the activations.
-            checkpoints.run_tensors(self.parameters, self.optimizer)
-        except torch.cuda.OutOfMemoryError:
-            recover(self.loss_module)
-            raise
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
 
     def check_disk_space(self) -> None:
         """Refuse a run whose checkpoints and result would fill the disk; see Saver."""

@@ -24,6 +24,7 @@ from utils.llama import causal_lm, load_base_model
 from utils.model_folder import ModelFolder
 from utils.packing import pack
 from utils.quantization import rounded_weight
+from utils.trials import Trials
 
 CPU = torch.device("cpu")
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
@@ -160,6 +161,28 @@ def test_held_out_loss_is_the_plain_mean_over_its_tokens(tiny_model, data_file, 
     with torch.no_grad():
         expected = plain_loss(reference_model(tiny_model), trainer.held_out).item()
     assert trainer.evaluate() == pytest.approx(expected, rel=2e-5)
+
+
+def test_an_attempt_before_the_first_step_leaves_the_run_as_it_was(tiny_model, tmp_path):
+    settings = {"batch_size_training": 4, "max_steps": 3, "lr": RATE}
+    expected = train(make_trainer(tiny_model, tmp_path / "without", **settings))
+    trainer = make_trainer(tiny_model, tmp_path / "with", **settings)
+    chosen = trainer.micro_batch
+    rows = []
+    trainer.loss_module.register_forward_pre_hook(lambda _module, arguments: rows.append(len(arguments[0].input_ids)))
+    longest_first = sorted(trainer.training, key=len, reverse=True)
+    parameters = list(trainer.parameters.values())
+    trials = Trials(
+        trainer.config, trainer.world, trainer.loss_module, parameters, trainer.optimizer, longest_first,
+        trainer._pack, largest_step=10_000,
+    )  # fmt: skip
+    tokens = len(longest_first[0]) + len(longest_first[1])
+    trials.attempt(MicroBatch(tokens, 1), tokens + 3, rows=2)
+    assert rows == [tokens + 3] * 2
+    assert all(parameter.grad is None for parameter in parameters)
+    assert all(trainer.optimizer.state[parameter]["exp_avg"].eq(0).all() for parameter in parameters)
+    trainer.micro_batch = chosen
+    assert train(trainer) == expected
 
 
 @pytest.mark.parametrize("use_peft", [True, False], ids=["lora", "full"])

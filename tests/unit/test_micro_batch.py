@@ -1,5 +1,7 @@
 """The search for the micro-batch, on cards whose memory and speed are made up."""
 
+import time
+
 import pytest
 import torch
 
@@ -46,6 +48,27 @@ def test_sizes_are_the_largest_step_in_equal_parts():
     assert token_budgets(10, 100) == [100]
     assert token_budgets(60_000, 131_073) == [60_000]
     assert max(token_budgets(10, 1_000_000)) <= 65_536
+
+
+def test_the_fastest_of_several_attempts_counts_and_one_that_runs_out_of_memory_is_none():
+    world = World(0, 0, 1, [torch.device("cpu")])
+    pauses = [0.2, 0.05, 0.1]
+    calls = []
+
+    def attempt() -> None:
+        time.sleep(pauses[len(calls) % 3])
+        calls.append(None)
+
+    assert 0.05 <= micro_batch.measure(world, attempt, repeat_for=0.12) < 0.1
+    assert len(calls) == 3
+    assert micro_batch.fits(world, attempt)
+    assert len(calls) == 4
+
+    def too_large() -> None:
+        raise torch.cuda.OutOfMemoryError
+
+    assert micro_batch.measure(world, too_large) is None
+    assert not micro_batch.fits(world, too_large)
 
 
 def test_a_large_card_takes_a_step_at_once_and_is_asked_once(monkeypatch):
@@ -118,8 +141,8 @@ def test_over_several_cards_rows_go_together(monkeypatch):
     found = card.asked(world=two_cards).by_trying()
     seconds = {rows: (8000 / rows + 300) * (rows + 1) / 2 for rows in (1, 2, 3, 4)}
     assert 8000 / found.token_budget == pytest.approx(min(seconds, key=seconds.get), abs=0.01)
-    assert rows_together(2) == 4
-    assert rows_together(1) == 1
+    assert [rows_together(2, 8000, budget) for budget in (8000, 4000, 2000, 1000)] == [1, 2, 4, 4]
+    assert rows_together(1, 8000, 1000) == 1
 
 
 @pytest.mark.parametrize("memory", [40_000, 60_000, 150_000, 400_000])

@@ -1,0 +1,116 @@
+"""Attempts that a run makes with its own model and its longest examples, before its first step: see Search."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.training import TrainingConfig
+from ft_datasets.alpaca_dataset import Example
+from utils.activations import HostMemory, MicroBatch, copy_seconds
+from utils.distributed import World, same_on_all
+from utils.llama import causal_lm
+from utils.memory import free_main_memory
+from utils.micro_batch import cards_of
+from utils.optimization import create_state
+from utils.packing import PackedBatch
+from utils.response_loss import ResponseLoss
+from utils.sharding import is_sharded, recover
+
+KIND = (
+    "use_peft peft_method quantization optimizer pure_bf16 freeze_layers num_freeze_layers micro_batch_size "
+    "activation_offload"
+)
+"""Settings that the best micro-batch depends on, beside those of the groups (lora_config, fsdp_config …)."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """A run that makes attempts.
+
+    Attributes:
+        parameters: those that are trained.
+        longest_first: the examples to train on.
+        pack: of some examples, filled up to so many tokens, a row.
+        largest_step: see Search.
+    """
+
+    config: TrainingConfig
+    world: World
+    loss_module: ResponseLoss
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    longest_first: Sequence[Example]
+    pack: Callable[..., PackedBatch]
+    largest_step: int
+
+    def kind(self, **more: Any) -> str:
+        """All that the best micro-batch depends on, the cards of all processes included; the same on all.
+
+        Args:
+            more: what is neither a setting nor the model nor a card.
+        """
+        settings = self.config.flat()
+        chosen = {name for name in settings if name in KIND.split() or "_config." in name}
+        limits = same_on_all(json.dumps([cards_of(self.world), self.config.gpu_memory_gb]))
+        kind = {name: settings[name] for name in chosen} | {
+            "torch": torch.__version__,
+            "cards": limits,
+            "model": causal_lm(self.loss_module.model).config.to_dict(),
+            "sharded": is_sharded(self.loss_module),
+            **more,
+        }
+        return hashlib.sha256(json.dumps(kind, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def host_memory(self) -> HostMemory | None:
+        """For layers that can let activations wait there: a quarter of what is free, shared by all processes.
+
+        A row may take memory anew before torch gives it what the row before has let go of: half of what is free then.
+        """
+        fused = self.loss_module.fused
+        if fused is None or not self.config.activation_offload or self.world.device.type == "cpu":
+            return None
+        own = free_main_memory() / 4 / self.world.size, copy_seconds(self.world.device) * sum(fused.kept_bytes)
+        rooms, seconds = zip(*map(json.loads, same_on_all(json.dumps(own))), strict=True)
+
+        def bytes_of(tokens: int) -> int:
+            return sum(2 ** math.ceil(math.log2(tokens * each)) for each in fused.kept_bytes)  # torch rounds them up
+
+        return HostMemory(min(rooms), bytes_of, max(seconds))
+
+    def attempt(self, micro_batch: MicroBatch, tokens: int, rows: int) -> None:
+        """Let rows of the longest examples go forward and backward together, and take nothing from it.
+
+        Args:
+            tokens: that each row is filled up to.
+            rows: how many there are.
+
+        Raises:
+            OutOfMemoryError: a card has too little memory.
+        """
+        chosen, total = [], 0
+        for example in self.longest_first:
+            if chosen and total + len(example) > tokens:
+                break
+            chosen.append(example)
+            total += len(example)
+        self.loss_module.micro_batch = micro_batch
+        if tokens * rows < self.largest_step:  # from the second group of rows on, gradients lie beside
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        try:
+            batch = self.pack(chosen, at_least=tokens)
+            for value in [self.loss_module(batch, 0.0) for _row in range(rows)]:
+                value.backward()
+            assert all(p.grad is not None for p in self.parameters), "a trainable parameter without a gradient"
+            create_state(self.optimizer)  # it will lie beside the activations
+        except torch.cuda.OutOfMemoryError:
+            recover(self.loss_module)
+            raise
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
