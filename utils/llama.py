@@ -139,7 +139,7 @@ def _fill(
     if is_quantized:
         module.quantize_(tensor.to(device))
         tensor = module.weight.detach()
-    kept = own_shard(tensor, empty).to(host or device, empty.dtype)
+    kept = own_shard(tensor, empty).to(host or device, tensor.dtype if is_quantized else empty.dtype)
     setattr(module, leaf, nn.Parameter(kept, requires_grad=empty.requires_grad))
 
 
@@ -197,7 +197,8 @@ def forward_hidden(
     places = activations or [Kept() for _layer in decoder.layers]
     for layer, place in zip(decoder.layers, places, strict=True):
         device = layer.input_layernorm.weight.device
-        if device != hidden.device:  # the next card of a model that is laid over several
+        # The next card of a model that is laid over several. (What lies in host memory comes when its layer is called.)
+        if device != hidden.device and device.type != "cpu":
             hidden = hidden.to(device)
             arguments["position_embeddings"] = tuple(x.to(device) for x in arguments["position_embeddings"])
             arguments["segments"] = segments.to(device) if segments else None

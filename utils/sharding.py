@@ -13,6 +13,7 @@ from configs.fsdp import FsdpConfig
 from configs.messages import _
 from utils.distributed import World
 from utils.llama import causal_lm
+from utils.quantization import QuantizedLinear
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -41,7 +42,8 @@ def sharding_group_size(config: FsdpConfig, world_size: int) -> int:
 
 
 def shard(loss_module: nn.Module, config: FsdpConfig, world: World, gathered: torch.dtype | None) -> None:
-    """Shard every decoder layer, and the rest as one, in place. The module must hold `model`; it may lie on meta.
+    """Shard every decoder layer, and the rest as one, in place. The module must hold `model`; it may lie on meta, as
+    weights that are quantised must.
 
     Gradients are summed in fp32, not averaged: the loss is divided by the tokens of all processes already.
 
@@ -64,6 +66,11 @@ def shard(loss_module: nn.Module, config: FsdpConfig, world: World, gathered: to
         "offload_policy": CPUOffloadPolicy(world.device.type == "cuda") if config.fsdp_cpu_offload else OffloadPolicy(),
         "reshard_after_forward": config.sharding_strategy != "SHARD_GRAD_OP",
     }
+    for module in loss_module.modules():
+        if isinstance(module, QuantizedLinear):
+            # torch 2.11 would have each shard take a gradient for a moment, which integers can't. So another type of
+            # one byte stands in until the weights are loaded.
+            module.weight = nn.Parameter(torch.empty_like(module.weight, dtype=torch.float8_e5m2), requires_grad=False)
     for layer in causal_lm(loss_module.model).model.layers:
         fully_shard(layer, mp_policy=policy(gathered), **options)
     fully_shard(loss_module, mp_policy=policy(None), **options)
