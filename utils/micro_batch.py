@@ -110,7 +110,9 @@ class Search:
         """The answer by measurement.
 
         Smaller micro-batches leave room for more layers that keep their activations, which saves computing them twice,
-        but fill the card less well; so sizes are tried downwards until the next one is slower.
+        but fill the card less well; so sizes are tried downwards until the next one is slower. Offloading is tried at
+        the end, with the best and with the largest of them, which it gives the room that smaller ones have anyway. (To
+        pin memory takes seconds; what was pinned last is what the first step finds.)
         """
         budgets, every_layer = token_budgets(self.longest_example, self.largest_step), self.kept_counts[-1]
         cards = len(self.world.devices)
@@ -118,6 +120,7 @@ class Search:
         if cards > 1:
             tried.append((budgets[-1], 1))
         best, best_speed = MicroBatch(budgets[-1], self.kept_counts[0]), 0.0
+        largest: dict[int, tuple[MicroBatch, float]] = {}  # by the rows that go together
         for budget, rows in tried:
             kept = self._most_kept_layers(MicroBatch(budget, 0, rows=rows))
             if kept is None:
@@ -125,13 +128,22 @@ class Search:
             micro_batch = MicroBatch(budget, kept, rows=rows)
             if kept == every_layer and not best_speed and cards == 1:
                 return micro_batch
-            found, speed = self._fastest(micro_batch)
-            give_back_host()  # the next size needs other pieces
+            speed = self._speed(micro_batch)
+            largest.setdefault(rows, (micro_batch, speed))
             if best_speed and speed <= best_speed:
                 break
-            best, best_speed = found, speed
+            best, best_speed = micro_batch, speed
             if kept == every_layer and cards == 1:
                 break
+        if not best_speed:
+            return best
+        for micro_batch, speed in dict.fromkeys([(best, best_speed), largest[best.rows]]):
+            give_back_host()  # another size needs other pieces
+            found, speed = self._with_offloading(micro_batch, speed)
+            if speed > best_speed:
+                best, best_speed = found, speed
+        if not best.offload_every:
+            give_back_host()
         return best
 
     def by_extrapolation(self) -> MicroBatch:
@@ -194,16 +206,16 @@ class Search:
         # Room for one layer stays: later steps have other lengths, and lose a little between blocks.
         return kept_counts[max(0, fits - 1)]
 
-    def _fastest(self, micro_batch: MicroBatch) -> tuple[MicroBatch, float]:
-        """The micro-batch, or the same with activations in host memory if that is faster; and its tokens/s."""
-        best, best_speed = micro_batch, self._speed(micro_batch)
-        if not self.host or micro_batch.kept_layers == self.kept_counts[-1] or not best_speed:
+    def _with_offloading(self, micro_batch: MicroBatch, speed: float) -> tuple[MicroBatch, float]:
+        """The micro-batch, of so many tokens/s, or the same with activations in host memory if that is faster."""
+        best, best_speed = micro_batch, speed
+        if not self.host or micro_batch.kept_layers == self.kept_counts[-1] or not speed:
             return best, best_speed
         # The copy of a layer's takes as long as the forward passes of `pace` layers. A step is a forward pass of all
         # layers, another of those that recompute, and over frozen weights a backward pass costs about the same. Several
         # cards share the layers, and each has its own way to the host.
         layer_passes = 3 * self.kept_counts[-1] - micro_batch.kept_layers
-        pace = self.host.seconds * best_speed * layer_passes / len(self.world.devices)
+        pace = self.host.seconds * speed * layer_passes / len(self.world.devices)
         if not math.isfinite(pace):
             return best, best_speed
         # The activations of one offloaded layer are still on the card when the others begin to keep theirs.
@@ -215,9 +227,9 @@ class Search:
         for every in sorted({max(1, least, round(pace)), max(least, math.ceil(pace))}):
             candidate = micro_batch._replace(kept_layers=kept, offload_every=every)
             if self.has_host_memory(candidate) and self._fits(candidate):
-                speed = self._speed(candidate)
-                if speed > best_speed:
-                    best, best_speed = candidate, speed
+                offloading = self._speed(candidate)
+                if offloading > best_speed:
+                    best, best_speed = candidate, offloading
         return best, best_speed
 
     def has_host_memory(self, micro_batch: MicroBatch) -> bool:
