@@ -6,7 +6,7 @@ stand pure functions of tensors, of which torch.compile makes one kernel each. `
 tensors are [length, width] unless said otherwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -136,16 +136,19 @@ def backward(
 ) -> tuple[torch.Tensor | None, Tensors]:
     """Gradients of the layer's input and of its adapters, group by group in the data's order, A before B."""
     narrow_qkv, narrow_output, narrow_gate_up, narrow_down = saved.narrow
-    activation = _gated(saved.gate, saved.up)
-    grad_activation, grads_down = _linear_backward((grad_output,), activation, narrow_down, weights.down)
-    grads_gated = _gated_backward(grad_activation, saved.gate, saved.up)
+    grad_activation, grad_narrow = _linear_backward((grad_output,), weights.down)
+    # The activation is computed again beside its gradient, from the same reading of gate and up.
+    activation, *grads_gated = _gated_backward(grad_activation, saved.gate, saved.up)
+    grads_down = _adapter_gradients((grad_output,), grad_narrow, activation, narrow_down, weights.down)
+    grad_normed, grad_narrow = _linear_backward(grads_gated, weights.gate_up)
     normed = _rms_norm(saved.middle, weights.post_attention_norm, shape.epsilon)
-    grad_normed, grads_gate_up = _linear_backward(grads_gated, normed, narrow_gate_up, weights.gate_up)
+    grads_gate_up = _adapter_gradients(grads_gated, grad_narrow, normed, narrow_gate_up, weights.gate_up)
     grad_middle = grad_output + _rms_norm_backward(
         grad_normed, saved.middle, weights.post_attention_norm, shape.epsilon
     )
-    grad_attention, grads_output = _linear_backward(
-        (grad_middle,), saved.attention.flatten(1), narrow_output, weights.output
+    grad_attention, grad_narrow = _linear_backward((grad_middle,), weights.output)
+    grads_output = _adapter_gradients(
+        (grad_middle,), grad_narrow, saved.attention.flatten(1), narrow_output, weights.output
     )
     grad_query, grad_key, grad_value = attention_backward(
         grad_attention.view_as(saved.attention),
@@ -160,10 +163,9 @@ def backward(
     )
     grad_query, grad_key = _rotate(grad_query, row.cos, -row.sin), _rotate(grad_key, row.cos, -row.sin)
     grads_heads = tuple(grad.flatten(1) for grad in (grad_query, grad_key, grad_value))
+    grad_normed, grad_narrow = _linear_backward(grads_heads, weights.query_key_value, needs_grad_hidden)
     normed = _rms_norm(hidden, weights.input_norm, shape.epsilon)
-    grad_normed, grads_qkv = _linear_backward(
-        grads_heads, normed, narrow_qkv, weights.query_key_value, needs_grad_hidden
-    )
+    grads_qkv = _adapter_gradients(grads_heads, grad_narrow, normed, narrow_qkv, weights.query_key_value)
     grad_hidden = None
     if grad_normed is not None:
         grad_hidden = grad_middle + _rms_norm_backward(grad_normed, hidden, weights.input_norm, shape.epsilon)
@@ -196,29 +198,43 @@ def _wide(x: torch.Tensor, narrow: torch.Tensor | None, group: Group) -> Tensors
 
 
 def _linear_backward(
-    grads: Tensors, x: torch.Tensor, narrow: torch.Tensor | None, group: Group, needs_grad_x: bool = True
-) -> tuple[torch.Tensor | None, Tensors]:
-    """Gradient of x, and of each adapted layer's A and B."""
-    parameters: list[torch.Tensor] = []
-    grad_x = None
-    if narrow is not None and group.a is not None:
+    grads: Sequence[torch.Tensor], group: Group, needs_grad_x: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of x and of A x."""
+    grad_x = grad_narrow = None
+    if group.a is not None:
         adapted = [(linear, grad) for linear, grad in zip(group.linears, grads, strict=True) if linear.b is not None]
         grad_narrow = torch.cat([grad @ linear.b for linear, grad in adapted], dim=1)
-        grad_a = grad_narrow.t() @ x
-        for linear, grad in adapted:
-            grad_b = grad.t() @ narrow[:, linear.columns]
-            parameters += [grad_a[linear.columns].float(), grad_b.float() * linear.scaling]
         if needs_grad_x:
             grad_x = grad_narrow @ group.a
     if not needs_grad_x:
-        return None, tuple(parameters)
+        return None, grad_narrow
     for linear, grad in zip(group.linears, grads, strict=True):
         weight = linear.dequantize(grad.dtype, *linear.stored)
         if grad_x is None:
             grad_x = grad @ weight
         else:
             torch.ops.llama2_chinese.add_product_(grad_x, grad, weight)
-    return grad_x, tuple(parameters)
+    return grad_x, grad_narrow
+
+
+def _adapter_gradients(
+    grads: Sequence[torch.Tensor],
+    grad_narrow: torch.Tensor | None,
+    x: torch.Tensor,
+    narrow: torch.Tensor | None,
+    group: Group,
+) -> Tensors:
+    """Gradients of each adapted layer's A and B."""
+    if grad_narrow is None or narrow is None:
+        return ()
+    parameters: list[torch.Tensor] = []
+    grad_a = grad_narrow.t() @ x
+    for linear, grad in zip(group.linears, grads, strict=True):
+        if linear.columns is not None:
+            grad_b = grad.t() @ narrow[:, linear.columns]
+            parameters += [grad_a[linear.columns].float(), grad_b.float() * linear.scaling]
+    return tuple(parameters)
 
 
 # The large product is added onto the small one by the matrix kernel itself. The compiler, left alone, would copy.
@@ -254,6 +270,8 @@ def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def _gated_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Tensors:
-    grad, gate_wide, sigmoid = grad.float(), gate.float(), gate.float().sigmoid()
-    grad_gate = grad * up.float() * sigmoid * (1 + gate_wide * (1 - sigmoid))
-    return grad_gate.to(gate.dtype), (grad * gate_wide * sigmoid).to(gate.dtype)
+    """What `_gated` gave, and the gradients of gate and up."""
+    grad, gate_wide, up_wide, sigmoid = grad.float(), gate.float(), up.float(), gate.float().sigmoid()
+    silu_gate = gate_wide * sigmoid
+    grad_gate = grad * up_wide * sigmoid * (1 + gate_wide * (1 - sigmoid))
+    return (silu_gate * up_wide).to(gate.dtype), grad_gate.to(gate.dtype), (grad * silu_gate).to(gate.dtype)
