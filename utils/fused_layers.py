@@ -93,7 +93,7 @@ class FusedLayers:
         for module in modules:
             base = getattr(module, "base_layer", module)
             if isinstance(base, QuantizedLinear):
-                dequantize, stored = base.dequantize_stored, base.stored()
+                dequantize, stored = base.dequantize_fused, base.stored()
             else:
                 dequantize, stored = _as_stored, (base.weight,)
             columns, b, scaling = None, None, 1.0

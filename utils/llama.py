@@ -160,6 +160,9 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 def run_plain(layer: nn.Module, hidden: torch.Tensor, activations: Activations, **arguments: Any) -> torch.Tensor:
     """A decoder layer's output, [1, length, hidden_size]; its activations are kept by autograd, or not at all."""
+    if layer._compiled_call_impl and torch.is_grad_enabled() and not hidden.requires_grad:
+        # Whether the input takes a gradient makes other code; one layer's is cheaper than to compile all of it twice.
+        hidden = hidden.detach().requires_grad_(any(parameter.requires_grad for parameter in layer.parameters()))
     if isinstance(activations, Recomputed) and torch.is_grad_enabled():
         return checkpoint(layer, hidden, use_reentrant=False, **arguments)
     return layer(hidden, **arguments)

@@ -71,6 +71,11 @@ class QuantizedLinear(nn.Linear):
         """The weight in `dtype`, shape [out_features, in_features]."""
         raise NotImplementedError
 
+    @classmethod
+    def dequantize_fused(cls, dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
+        """As `dequantize_stored`, in operations that a compiler joins with others, and takes longer to compile."""
+        return cls.dequantize_stored(dtype, *stored)
+
     def dequantize(self) -> torch.Tensor:
         """The weight in compute_dtype, shape [out_features, in_features]."""
         return self.dequantize_stored(self.compute_dtype, *self.stored())
@@ -141,19 +146,24 @@ class Nf4Linear(QuantizedLinear):
     @staticmethod
     def dequantize_stored(dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
         """See QuantizedLinear."""
-        weight, absmax, offset, absmax_absmax, absmax_code, code = stored
+        weight, absmax, offset, absmax_absmax, absmax_code, _code = stored
         shape = (weight.shape[0], 2 * weight.shape[1])
-        if torch.compiler.is_compiling() and 2 * weight.numel() % NF4_BLOCK == 0:
-            # The same numbers in plain operations, of which the compiler makes one pass over the memory.
-            group = torch.arange(absmax.shape[0], device=absmax.device) // ABSMAX_BLOCK
-            scales = absmax_code[absmax.int()] * absmax_absmax[group] + offset
-            # The first of the two weights in a byte lies in its upper half.
-            shift = 4 - 4 * torch.arange(2, device=weight.device)
-            values = code[(weight.view(-1, NF4_BLOCK // 2, 1).int() >> shift) & 15]
-            return (values * scales[:, None, None]).to(dtype).view(shape)
         library = torch.ops.bitsandbytes
         scales = library.dequantize_blockwise(absmax, absmax_absmax, absmax_code, ABSMAX_BLOCK, torch.float32) + offset
         return library.dequantize_4bit(weight.view(-1, 1), scales, NF4_BLOCK, "nf4", shape, dtype)
+
+    @classmethod
+    def dequantize_fused(cls, dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
+        """See QuantizedLinear. The same numbers in plain operations, one pass over the memory once compiled."""
+        weight, absmax, offset, absmax_absmax, absmax_code, code = stored
+        if not torch.compiler.is_compiling() or 2 * weight.numel() % NF4_BLOCK:
+            return cls.dequantize_stored(dtype, *stored)
+        group = torch.arange(absmax.shape[0], device=absmax.device) // ABSMAX_BLOCK
+        scales = absmax_code[absmax.int()] * absmax_absmax[group] + offset
+        # The first of the two weights in a byte lies in its upper half.
+        shift = 4 - 4 * torch.arange(2, device=weight.device)
+        values = code[(weight.view(-1, NF4_BLOCK // 2, 1).int() >> shift) & 15]
+        return (values * scales[:, None, None]).to(dtype).view(weight.shape[0], 2 * weight.shape[1])
 
 
 LAYERS: dict[Quantization, type[QuantizedLinear]] = {"8bit": Int8Linear, "4bit": Nf4Linear}

@@ -193,5 +193,5 @@ def test_compiled_dequantisation_is_the_same_bit_by_bit(grouped_model, quantizat
     for dtype in (torch.float32, torch.bfloat16):
         expected = layer.dequantize_stored(dtype, *layer.stored())
         monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-        assert torch.equal(layer.dequantize_stored(dtype, *layer.stored()), expected)
+        assert torch.equal(layer.dequantize_fused(dtype, *layer.stored()), expected)
         monkeypatch.undo()
