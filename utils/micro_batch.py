@@ -142,8 +142,8 @@ class Search:
             found, speed = self._with_offloading(micro_batch, speed)
             if speed > best_speed:
                 best, best_speed = found, speed
-        if not best.offload_every:
-            give_back_host()
+        if not best.offload_every or best.token_budget != micro_batch.token_budget:
+            give_back_host()  # what was pinned last is not what the run will use
         return best
 
     def by_extrapolation(self) -> MicroBatch:

@@ -56,6 +56,22 @@ def test_weights_are_the_files_own(folder):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_layers_whose_weights_wait_in_host_memory_get_their_input_where_it_is(grouped_model):
+    """As under FSDP with CPU offload, which fetches them; the meta device stands for the card."""
+    model = load(grouped_model).to("meta")
+    for layer in model.model.layers:
+        layer.input_layernorm = torch.nn.RMSNorm(layer.input_layernorm.weight.shape[0])
+    devices = []
+
+    def run_layer(_layer, hidden, _place, **arguments):
+        devices.extend([hidden.device.type, *(x.device.type for x in arguments["position_embeddings"])])
+        return hidden
+
+    tokens = torch.arange(5, device="meta")
+    assert forward_hidden(model, tokens, tokens, run_layer=run_layer).device.type == "meta"
+    assert set(devices) == {"meta"}
+
+
 def test_layers_are_laid_over_the_devices_in_equal_shares(tmp_path):
     folder = make_model(tmp_path / "model", layers=5)
     # No second card is needed to see where the weights go: the meta device takes them as well.

@@ -116,6 +116,18 @@ def test_host_memory_is_not_used_where_that_is_slower(monkeypatch):
     assert not found.offload_every
 
 
+@pytest.mark.parametrize(("cost", "copy", "stays"), [(0.0, 0.01, True), (0.0, 2.0, False), (9.0, 0.01, False)])
+def test_memory_stays_pinned_only_if_the_first_step_can_use_it(monkeypatch, cost, copy, stays):
+    """The largest size is best with offloading; a smaller one is; none is."""
+    card = Card(90_000, monkeypatch, copy=cost)
+    monkeypatch.setattr(micro_batch, "give_back_host", lambda: card.trials.append(None))
+    found = card.asked(longest=2500, host=HostMemory(10**9, int, copy / LAYERS)).by_trying()
+    assert (card.trials[-1] is not None) == stays
+    if stays:
+        assert card.trials[-1][0].token_budget == found.token_budget
+        assert found.offload_every
+
+
 def test_no_more_waits_in_host_memory_than_it_has_room_for(monkeypatch):
     card = Card(40_000, monkeypatch, copy=0.1)
     for host_tokens in (0, 20_000, 60_000, 100_000):
