@@ -119,26 +119,30 @@ class HostMemory(NamedTuple):
         room: bytes.
         bytes_of: how many a layer takes in a row of so many tokens.
         seconds: that the copy of one token's takes.
+        pin_seconds: that it takes to pin a byte.
     """
 
     room: float
     bytes_of: Callable[[int], int]
     seconds: float
+    pin_seconds: float = 0.0
 
 
-def copy_seconds(device: torch.device, size: int = 2**25) -> float:
-    """How long the copy of a byte from the card to host memory takes, measured with so many; infinite = no room."""
+def host_seconds(device: torch.device, size: int = 2**25) -> tuple[float, float]:
+    """How long the copy of a byte from the card to host memory takes (infinite: no room), and how long to pin one."""
     seconds = [math.inf]
+    start = time.perf_counter()
+    on_host = pinned_for(device, functools.partial(torch.empty, 8 * size, dtype=torch.uint8))[:size]
+    pinning = (time.perf_counter() - start) / (8 * size)
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
         on_card = torch.empty(size, dtype=torch.uint8, device=device)
-        on_host = pinned_for(device, functools.partial(torch.empty, size, dtype=torch.uint8))
         for _repeat in range(5):
             torch.cuda.synchronize(device)
             start = time.perf_counter()
             on_host.copy_(on_card, non_blocking=True)
             torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)
-    return min(seconds) / size
+    return min(seconds) / size, pinning
 
 
 class MicroBatch(NamedTuple):

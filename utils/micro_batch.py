@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ MIN_TOKENS, MAX_TOKENS = 1024, 65_536
 """Tokens of a micro-batch on a GPU: smaller ones leave it idle, larger ones are not faster."""
 MEASURED_SECONDS = 1.0
 """For so long an attempt is repeated; the fastest counts."""
+WON_BACK_WITHIN = 120.0
+"""Seconds of training within which offloading must win back what it costs to pin the memory."""
 SAFE_SHARE = 0.9
 """Share of the memory that is planned for where it can't be tried."""
 
@@ -111,8 +113,8 @@ class Search:
 
         Smaller micro-batches leave room for more layers that keep their activations, which saves computing them twice,
         but fill the card less well; so sizes are tried downwards until the next one is slower. Offloading is tried at
-        the end, with the best and with the largest of them, which it gives the room that smaller ones have anyway. (To
-        pin memory takes seconds; what was pinned last is what the first step finds.)
+        the end, with the best and with the largest of them, which it gives the room that smaller ones have anyway.
+        (What was pinned last is what the first step finds.)
         """
         budgets, every_layer = token_budgets(self.longest_example, self.largest_step), self.kept_counts[-1]
         cards = len(self.world.devices)
@@ -139,9 +141,9 @@ class Search:
             return best
         for micro_batch, speed in dict.fromkeys([(best, best_speed), largest[best.rows]]):
             give_back_host()  # another size needs other pieces
-            found, speed = self._with_offloading(micro_batch, speed)
-            if speed > best_speed:
-                best, best_speed = found, speed
+            for candidate in self._with_offloading(micro_batch, speed, best_speed):
+                if (speed := self._speed(candidate)) > best_speed:
+                    best, best_speed = candidate, speed
         if not best.offload_every or best.token_budget != micro_batch.token_budget:
             give_back_host()  # what was pinned last is not what the run will use
         return best
@@ -206,18 +208,18 @@ class Search:
         # Room for one layer stays: later steps have other lengths, and lose a little between blocks.
         return kept_counts[max(0, fits - 1)]
 
-    def _with_offloading(self, micro_batch: MicroBatch, speed: float) -> tuple[MicroBatch, float]:
-        """The micro-batch, of so many tokens/s, or the same with activations in host memory if that is faster."""
-        best, best_speed = micro_batch, speed
-        if not self.host or micro_batch.kept_layers == self.kept_counts[-1] or not speed:
-            return best, best_speed
+    def _with_offloading(self, micro_batch: MicroBatch, speed: float, best_speed: float) -> Iterator[MicroBatch]:
+        """Micro-batches that fit and may be faster: this one, of so many tokens/s, with activations in host memory."""
+        others = self.kept_counts[-1] - micro_batch.kept_layers
+        if not self.host or not others or not speed:
+            return
         # The copy of a layer's takes as long as the forward passes of `pace` layers. A step is a forward pass of all
         # layers, another of those that recompute, and over frozen weights a backward pass costs about the same. Several
         # cards share the layers, and each has its own way to the host.
         layer_passes = 3 * self.kept_counts[-1] - micro_batch.kept_layers
         pace = self.host.seconds * speed * layer_passes / len(self.world.devices)
         if not math.isfinite(pace):
-            return best, best_speed
+            return
         # The activations of one offloaded layer are still on the card when the others begin to keep theirs.
         kept = max(self.kept_counts[0], micro_batch.kept_layers - 1)
         # With less room than that takes, fewer layers are offloaded.
@@ -226,17 +228,20 @@ class Search:
         least = math.ceil(others / max(1, affordable))
         for every in sorted({max(1, least, round(pace)), max(least, math.ceil(pace))}):
             candidate = micro_batch._replace(kept_layers=kept, offload_every=every)
-            if self.has_host_memory(candidate) and self._fits(candidate):
-                offloading = self._speed(candidate)
-                if offloading > best_speed:
-                    best, best_speed = candidate, offloading
-        return best, best_speed
+            promised = speed * layer_passes / (3 * self.kept_counts[-1] - kept - candidate.offloads(others))
+            won = 1 - best_speed / promised
+            pinning = self.host.pin_seconds * self._pinned_bytes(candidate)
+            if won * WON_BACK_WITHIN > pinning and self.has_host_memory(candidate) and self._fits(candidate):
+                yield candidate
 
     def has_host_memory(self, micro_batch: MicroBatch) -> bool:
         """Whether what its layers offload finds room there."""
+        return self._pinned_bytes(micro_batch) <= (self.host.room if self.host else 0)
+
+    def _pinned_bytes(self, micro_batch: MicroBatch) -> int:
+        """What its layers take in host memory."""
         offloaded = micro_batch.offloads(self.kept_counts[-1] - micro_batch.kept_layers)
-        room = self.host.room if self.host else 0
-        return not offloaded or micro_batch.rows * offloaded * self._host_bytes(micro_batch) <= room
+        return micro_batch.rows * offloaded * self._host_bytes(micro_batch)
 
     def _host_bytes(self, micro_batch: MicroBatch) -> int:
         """What one layer of a full row takes in host memory."""

@@ -140,7 +140,7 @@ def pack(
 ) -> PackedBatch:
     """Lay examples end to end.
 
-    On a GPU a last segment without labels fills the row up to a multiple of ROW_MULTIPLE.
+    On a GPU segments without labels, none longer than `longest`, fill the row up to a multiple of ROW_MULTIPLE.
 
     Args:
         longest: see Segments.
@@ -156,8 +156,8 @@ def pack(
         np.arange(start + max(example.prompt_length, 1) - 1, start + len(example) - 1)
         for start, example in zip(starts, examples, strict=True)
     ]
-    if filling:
-        lengths.append(filling)
+    longest = max(longest, multiple, *lengths)
+    lengths += [min(longest, filling - start) for start in range(0, filling, longest)]
     filler = np.zeros(filling, dtype=np.int64)
     input_ids = torch.from_numpy(np.concatenate([*(e.input_ids for e in examples), filler]).astype(np.int64))
     label_rows = torch.from_numpy(np.concatenate(rows))
@@ -165,7 +165,7 @@ def pack(
     return PackedBatch(
         input_ids=input_ids.to(device, non_blocking=True),
         position_ids=positions.to(device, non_blocking=True),
-        segments=Segments.of(lengths, device, max(longest, multiple)),
+        segments=Segments.of(lengths, device, longest),
         label_rows=label_rows.to(last_device or device, non_blocking=True),
         label_ids=input_ids[label_rows + 1].to(last_device or device, non_blocking=True),
     )

@@ -12,7 +12,7 @@ from torch import nn
 
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example
-from utils.activations import HostMemory, MicroBatch, copy_seconds
+from utils.activations import HostMemory, MicroBatch, host_seconds
 from utils.distributed import World, same_on_all
 from utils.llama import causal_lm
 from utils.memory import free_main_memory
@@ -75,13 +75,14 @@ class Trials:
         fused = self.loss_module.fused
         if fused is None or not self.config.activation_offload or self.world.device.type == "cpu":
             return None
-        own = free_main_memory() / 4 / self.world.size, copy_seconds(self.world.device) * sum(fused.kept_bytes)
-        rooms, seconds = zip(*map(json.loads, same_on_all(json.dumps(own))), strict=True)
+        copying, pinning = host_seconds(self.world.device)
+        own = free_main_memory() / 4 / self.world.size, copying * sum(fused.kept_bytes), pinning
+        rooms, seconds, pin_seconds = zip(*map(json.loads, same_on_all(json.dumps(own))), strict=True)
 
         def bytes_of(tokens: int) -> int:
             return sum(2 ** math.ceil(math.log2(tokens * each)) for each in fused.kept_bytes)  # torch rounds them up
 
-        return HostMemory(min(rooms), bytes_of, max(seconds))
+        return HostMemory(min(rooms), bytes_of, max(seconds), max(pin_seconds))
 
     def attempt(self, micro_batch: MicroBatch, tokens: int, rows: int) -> None:
         """Let rows of the longest examples go forward and backward together, and take nothing from it.

@@ -116,6 +116,18 @@ def test_host_memory_is_not_used_where_that_is_slower(monkeypatch):
     assert not found.offload_every
 
 
+def test_memory_is_pinned_only_if_that_is_soon_won_back(monkeypatch):
+    """With 11 layers kept 21 compute twice; with host memory 10 are kept and 22 let their activations wait there."""
+    card = Card(2500 * (4 + 12), monkeypatch, copy=0.0)
+    slower = card.try_step(MicroBatch(2500, 11), 2500) / card.try_step(MicroBatch(2500, 10, 1), 2500)
+    assert slower == pytest.approx(1 + 21 / 64)
+    won = micro_batch.WON_BACK_WITHIN * (1 - 1 / slower)
+    for factor, offloads in ((1.1, False), (0.9, True)):
+        host = HostMemory(10**9, int, 0.01 / LAYERS, pin_seconds=factor * won / (22 * 2500))
+        found = card.asked(longest=2500, largest=2500, mean=2500, host=host).by_trying()
+        assert bool(found.offload_every) == offloads
+
+
 @pytest.mark.parametrize(("cost", "copy", "stays"), [(0.0, 0.01, True), (0.0, 2.0, False), (9.0, 0.01, False)])
 def test_memory_stays_pinned_only_if_the_first_step_can_use_it(monkeypatch, cost, copy, stays):
     """The largest size is best with offloading; a smaller one is; none is."""

@@ -198,3 +198,11 @@ def test_a_row_is_filled_up_without_labels():
     assert batch.segments.bounds == [0, 4, 8, 11]
     assert batch.label_rows.tolist() == [1, 2, 5, 6]
     assert batch.label_ids.tolist() == [8, 2, 8, 2]
+
+
+def test_what_fills_a_row_up_is_no_longer_than_the_longest_example():
+    """Else `longest`, a constant in compiled code, would be another from row to row."""
+    batch = pack([Example(1, "", np.array([7, 8, 2], dtype=np.int32), prompt_length=0)], CPU, longest=4, at_least=13)
+    assert batch.segments.bounds == [0, 3, 7, 11, 13]
+    assert batch.segments.longest == 4
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
