@@ -19,7 +19,7 @@ from utils.checkpoint import COPIED_AT_MOST
 from utils.compiling import should_compile
 from utils.data import Data
 from utils.distributed import World
-from utils.estimate import Estimate, Kind, Shape, estimate, trained_parameters
+from utils.estimate import Estimate, Kind, Shape, estimate, kind_of, trained_parameters
 from utils.fused_layers import why_not
 from utils.memory import free_main_memory
 from utils.metrics import duration
@@ -31,7 +31,7 @@ from utils.precision import choose_precision
 from utils.saving import SHARD_BYTES
 from utils.sharding import sharding_group_size
 
-SHARE_OF_MATMUL: dict[Kind, float] = {"fused": 0.62, "compiled": 0.55, "plain": 0.34}
+SHARE_OF_MATMUL: dict[Kind, float] = {"plain": 0.34, "compiled plain": 0.55, "fused": 0.34, "compiled fused": 0.62}
 """Speed of a training step as a share of a plain large matrix product's (LoRA, measured)."""
 
 
@@ -99,9 +99,8 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     )
     tokens_per_epoch = sum(map(len, data.training))
     tokens = round(tokens_per_epoch * schedule.total_steps / schedule.steps_per_epoch)
-    kind: Kind = "compiled" if should_compile(config.torch_compile, device, tokens) else "plain"
-    if not why_not(config, folder.config, device, precision.compute):
-        kind = "fused"
+    is_fused = not why_not(config, folder.config, device, precision.compute)
+    kind = kind_of(is_fused, should_compile(config.torch_compile, device, tokens))
     available = _memory_available(config, device, cards)
     longest = max(map(len, [*data.training, *data.held_out]))
     largest_step = math.ceil(1.02 * schedule.largest_step([len(example) for example in data.training]))
