@@ -18,5 +18,7 @@ def should_compile(choice: bool | None, device: torch.device, tokens: int) -> bo
 
 def compile_layers(model: nn.Module) -> None:
     """Compile each decoder layer, in place. They share one compiled function, whatever a row's length is."""
+    # Adapters' scalings are constants; as inputs they would be converted on the CPU, by C++ code to be compiled.
+    torch._dynamo.config.specialize_float = True
     for layer in causal_lm(model).model.layers:
         layer.compile(dynamic=True)

@@ -4,6 +4,10 @@ Autograd can't know that the weights take no gradient, that layers which read th
 the adapters' A, and that norms and activations are cheaper to compute again than to keep. Between the matrix products
 stand pure functions of tensors, of which torch.compile makes one kernel each. `length` is a row's number of tokens;
 tensors are [length, width] unless said otherwise.
+
+W x + B A x is one product, of x and A x side by side with W and B side by side, and is rounded once. What an adapter
+adds is at first smaller than the last bit of a bf16 number of W x's size: where W x is rounded before the sum, as it is
+under PEFT's layers and where cuBLAS adds a product to a bf16 matrix, most of the first steps' effect is lost.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +40,8 @@ class Linear(NamedTuple):
         stored: what the layer stores.
         bias: [out], or None.
         columns: where its part of A x lies in the group's; None without an adapter.
-        b: the adapter's B times scaling, [out, r], in the compute dtype.
+        b: the adapter's B times scaling, in its columns of [out, width of the group's A x], zero in the others'.
+        weight_and_b: both side by side, if they are stored so.
         scaling: the factor.
     """
 
@@ -45,6 +50,7 @@ class Linear(NamedTuple):
     bias: torch.Tensor | None
     columns: slice | None
     b: torch.Tensor | None
+    weight_and_b: torch.Tensor | None
     scaling: float
 
 
@@ -53,7 +59,8 @@ class Group(NamedTuple):
 
     Attributes:
         linears: the layers.
-        a: their adapters' A one under another, [sum of r, in], in the compute dtype; None without adapters.
+        a: their adapters' A one under another, [sum of r and some rows of zeros, in], in the compute dtype; None
+            without adapters.
     """
 
     linears: tuple[Linear, ...]
@@ -132,8 +139,7 @@ def backward(
     row: Row,
     shape: LayerShape,
     weights: LayerWeights,
-    needs_grad_hidden: bool,
-) -> tuple[torch.Tensor | None, Tensors]:
+) -> tuple[torch.Tensor, Tensors]:
     """Gradients of the layer's input and of its adapters, group by group in the data's order, A before B."""
     narrow_qkv, narrow_output, narrow_gate_up, narrow_down = saved.narrow
     grad_activation, grad_narrow = _linear_backward((grad_output,), weights.down)
@@ -163,12 +169,10 @@ def backward(
     )
     grad_query, grad_key = _rotate(grad_query, row.cos, -row.sin), _rotate(grad_key, row.cos, -row.sin)
     grads_heads = tuple(grad.flatten(1) for grad in (grad_query, grad_key, grad_value))
-    grad_normed, grad_narrow = _linear_backward(grads_heads, weights.query_key_value, needs_grad_hidden)
+    grad_normed, grad_narrow = _linear_backward(grads_heads, weights.query_key_value)
     normed = _rms_norm(hidden, weights.input_norm, shape.epsilon)
     grads_qkv = _adapter_gradients(grads_heads, grad_narrow, normed, narrow_qkv, weights.query_key_value)
-    grad_hidden = None
-    if grad_normed is not None:
-        grad_hidden = grad_middle + _rms_norm_backward(grad_normed, hidden, weights.input_norm, shape.epsilon)
+    grad_hidden = grad_middle + _rms_norm_backward(grad_normed, hidden, weights.input_norm, shape.epsilon)
     return grad_hidden, (*grads_qkv, *grads_output, *grads_gate_up, *grads_down)
 
 
@@ -185,36 +189,32 @@ def _narrow(x: torch.Tensor, group: Group) -> torch.Tensor | None:
 
 def _wide(x: torch.Tensor, narrow: torch.Tensor | None, group: Group) -> Tensors:
     """W x + scaling B A x of each layer, from x and A x."""
+    x_and_narrow = x if narrow is None else torch.cat((x, narrow), dim=1)
     outputs = []
     for linear in group.linears:
-        weight = linear.dequantize(x.dtype, *linear.stored)
-        if linear.b is None or narrow is None:
-            y = x @ weight.t()
+        if linear.weight_and_b is not None:
+            y = x_and_narrow @ linear.weight_and_b.t()
         else:
-            y = narrow[:, linear.columns] @ linear.b.t()
-            torch.ops.llama2_chinese.add_product_(y, x, weight.t())
+            weight = linear.dequantize(x.dtype, *linear.stored)
+            y = x @ weight.t() if linear.b is None else x_and_narrow @ torch.cat((weight, linear.b), dim=1).t()
         outputs.append(y if linear.bias is None else y + linear.bias)
     return tuple(outputs)
 
 
-def _linear_backward(
-    grads: Sequence[torch.Tensor], group: Group, needs_grad_x: bool = True
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _linear_backward(grads: Sequence[torch.Tensor], group: Group) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients of x and of A x."""
     grad_x = grad_narrow = None
     if group.a is not None:
         adapted = [(linear, grad) for linear, grad in zip(group.linears, grads, strict=True) if linear.b is not None]
-        grad_narrow = torch.cat([grad @ linear.b for linear, grad in adapted], dim=1)
-        if needs_grad_x:
-            grad_x = grad_narrow @ group.a
-    if not needs_grad_x:
-        return None, grad_narrow
+        grad_narrow = torch.cat([grad @ linear.b[:, linear.columns] for linear, grad in adapted], dim=1)
+        grad_x = grad_narrow @ group.a[: grad_narrow.shape[1]]
     for linear, grad in zip(group.linears, grads, strict=True):
         weight = linear.dequantize(grad.dtype, *linear.stored)
         if grad_x is None:
             grad_x = grad @ weight
         else:
             torch.ops.llama2_chinese.add_product_(grad_x, grad, weight)
+    assert grad_x is not None
     return grad_x, grad_narrow
 
 
@@ -238,6 +238,7 @@ def _adapter_gradients(
 
 
 # The large product is added onto the small one by the matrix kernel itself. The compiler, left alone, would copy.
+# (What the small one loses by it is less than half of a gradient's last bit, and no update.)
 _operators = library.Library("llama2_chinese", "DEF")
 _operators.define("add_product_(Tensor(a!) total, Tensor a, Tensor b) -> ()")
 

@@ -4,6 +4,7 @@
 tests/parity/test_fused_layers.py holds both equal, in outputs and gradients.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,8 +18,11 @@ from utils.activations import Activations
 from utils.attention import Segments, has_varlen
 from utils.fused_arithmetic import Group, LayerShape, LayerWeights, Linear, Row, Saved
 from utils.llama import causal_lm
+from utils.lora import as_stored
 from utils.quantization import QuantizedLinear
 
+ALIGNED = 8
+"""The matrix library's fast kernels want rows of a multiple of so many numbers."""
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Families whose layers are: norm, q/k/v, rotation, attention, o, residual, norm, gate/up, SiLU, down, residual."""
 
@@ -85,28 +89,29 @@ class FusedLayers:
         adapted = [module for module in modules if hasattr(module, "lora_A")]
         ranks = [module.r["default"] for module in adapted]
         starts = [sum(ranks[:i]) for i in range(len(adapted))]
-        a = None
-        if adapted:
-            weight = adapted[0].base_layer.weight
-            a = weight.new_empty(sum(ranks), adapted[0].in_features, dtype=dtype)
+        width = math.ceil(sum(ranks) / ALIGNED) * ALIGNED
+        a = modules[0].weight.new_zeros(width, modules[0].in_features, dtype=dtype) if adapted else None
         linears = []
         for module in modules:
             base = getattr(module, "base_layer", module)
-            if isinstance(base, QuantizedLinear):
-                dequantize, stored = base.dequantize_fused, base.stored()
-            else:
-                dequantize, stored = _as_stored, (base.weight,)
-            columns, b, scaling = None, None, 1.0
+            is_quantized = isinstance(base, QuantizedLinear)
+            columns = b = weight_and_b = None
+            scaling = 1.0
             if module in adapted:
                 start, rank = starts[adapted.index(module)], ranks[adapted.index(module)]
                 columns, scaling = slice(start, start + rank), module.scaling["default"]
+                if is_quantized:
+                    b = a.new_zeros(base.out_features, width)
+                else:
+                    weight_and_b = torch.cat((base.weight, a.new_zeros(base.out_features, width)), dim=1)
+                    base.weight.data, b = weight_and_b.split((base.in_features, width), dim=1)
                 pair = [module.lora_A["default"].weight, module.lora_B["default"].weight]
-                b = torch.empty_like(pair[1], dtype=dtype)
                 self.adapters[layer] += pair
                 self._parameters += pair
-                self._copies += [a[columns], b]
+                self._copies += [a[columns], b[:, columns]]
                 self._scalings += [1.0, scaling]
-            linears.append(Linear(dequantize, stored, base.bias, columns, b, scaling))
+            dequantize, stored = (base.dequantize_fused, base.stored()) if is_quantized else (as_stored, (base.weight,))
+            linears.append(Linear(dequantize, stored, base.bias, columns, b, weight_and_b, scaling))
         return Group(tuple(linears), a)
 
     @torch.no_grad()
@@ -181,7 +186,7 @@ class _FusedLayer(torch.autograd.Function):
         _mark_length(*(narrow for narrow in saved.narrow if narrow is not None))
         torch._dynamo.maybe_mark_dynamic(saved.log_sum_exp, 1)
         grad_hidden, grads = call.functions.backward(
-            grad_output.contiguous(), hidden, saved, call.row, call.shape, call.weights, ctx.needs_input_grad[0]
+            grad_output.contiguous(), hidden, saved, call.row, call.shape, call.weights
         )
         return grad_hidden, None, *grads
 
@@ -190,7 +195,3 @@ def _mark_length(*tensors: torch.Tensor) -> None:
     """Let compiled code take any length."""
     for tensor in tensors:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
-
-
-def _as_stored(_dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
-    return weight

@@ -24,20 +24,52 @@ ABSMAX_BLOCK = 256
 Dequantize = Callable[..., torch.Tensor]
 
 
-class _FrozenMatmul(torch.autograd.Function):
-    """y = x W^T for a frozen W that is dequantised when needed, so that no copy of it is kept between the passes."""
+@torch.library.custom_op("llama2_chinese::copy_after", mutates_args=())
+def copy_after(tensor: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
+    """A copy of `tensor` that nobody can make before `earlier` is there."""
+    return tensor.clone()
+
+
+@copy_after.register_fake
+def _copy_after_shape(tensor: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor)
+
+
+class FrozenMatmul(torch.autograd.Function):
+    """y = x W^T for a frozen W that is dequantised when needed, so that no copy of it is kept between the passes.
+
+    With an adapter's A x and scaling B it is y = x W^T + (A x) B^T, rounded once; see utils/fused_arithmetic.py.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dequantize: Dequantize, *stored: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        narrow: torch.Tensor | None,
+        b: torch.Tensor | None,
+        dequantize: Dequantize,
+        *stored: torch.Tensor,
+    ) -> torch.Tensor:
         ctx.dequantize = dequantize
-        ctx.save_for_backward(*stored)
-        return x @ dequantize(x.dtype, *stored).t()
+        ctx.save_for_backward(narrow, b, *stored)
+        weight = dequantize(x.dtype, *stored)
+        if narrow is None or b is None:
+            return x @ weight.t()
+        return torch.cat((x, narrow), dim=-1) @ torch.cat((weight, b), dim=1).t()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_output,) = grad_outputs
-        stored = ctx.saved_tensors
-        return grad_output @ ctx.dequantize(grad_output.dtype, *stored), None, *(None for _tensor in stored)
+        narrow, b, *stored = ctx.saved_tensors
+        grad_narrow = grad_b = None
+        if narrow is not None:
+            grad_narrow = grad_output @ b
+            grad_b = grad_output.flatten(0, -2).t() @ narrow.flatten(0, -2)
+        if torch.compiler.is_compiling() and len(stored) > 1:
+            # A compiler sees the same weight made twice and would keep the first, all layers' beside one another.
+            stored[1] = copy_after(stored[1], grad_output)
+        grad_x = grad_output @ ctx.dequantize(grad_output.dtype, *stored)
+        return grad_x, grad_narrow, grad_b, None, *(None for _tensor in stored)
 
 
 class QuantizedLinear(nn.Linear):
@@ -82,7 +114,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T + b for x of shape [..., in_features]."""
-        y = _FrozenMatmul.apply(x.to(self.compute_dtype), self.dequantize_stored, *self.stored())
+        y = FrozenMatmul.apply(x.to(self.compute_dtype), None, None, self.dequantize_stored, *self.stored())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -7,6 +7,7 @@ from utils.adapters import add_adapter, prepare_full
 from utils.distributed import World
 from utils.fused_layers import FusedLayers, why_not
 from utils.llama import empty_base_model, load_weights
+from utils.lora import add_before_rounding
 from utils.model_folder import ModelFolder
 from utils.precision import Precision
 from utils.response_loss import ResponseLoss
@@ -27,6 +28,8 @@ def load_trainable(config: TrainingConfig, world: World, folder: ModelFolder, pr
         load_weights(model, folder, world.devices)
     model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)
     is_plain = why_not(config, folder.config, world.device, precision.compute)
+    if is_plain and precision.compute != torch.float32:
+        add_before_rounding(model)
     module = ResponseLoss(model, precision.compute, None if is_plain else FusedLayers(model, precision.compute))
     if config.enable_fsdp:
         # An adapter's frozen base is in the compute dtype already; a full fine-tuning's fp32 layers travel in it.

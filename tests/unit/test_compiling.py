@@ -1,10 +1,18 @@
 """What the compiler is asked for."""
 
+import pytest
 import torch
 from torch import nn
 
+from configs.peft import LoraConfig
+from configs.training import TrainingConfig
 from utils.activations import Kept
-from utils.llama import run_plain
+from utils.adapters import add_adapter
+from utils.attention import Segments
+from utils.llama import causal_lm, forward_hidden, load_base_model, run_plain
+from utils.model_folder import ModelFolder
+
+CPU = torch.device("cpu")
 
 
 class Layer(nn.Module):
@@ -41,3 +49,29 @@ def test_an_input_without_a_gradient_makes_no_second_code():
     torch.testing.assert_close(layer.linear.weight.grad, plain.linear.weight.grad)
     assert embedded.grad is None
     assert not run_plain(layer.requires_grad_(False), embedded, Kept()).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about torch
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_dequantised_weights_are_not_kept_for_the_backward_pass(tiny_model, quantization):
+    """The compiler sees that both passes make the same weight, and would make it once and keep it, in every layer."""
+    lora = LoraConfig(target_modules=["all-linear"])
+    base = load_base_model(ModelFolder(tiny_model), torch.float32, [CPU], quantization)
+    model = add_adapter(base, TrainingConfig(use_peft=True, lora_config=lora))
+    torch._dynamo.reset()
+    for layer in causal_lm(model).model.layers:
+        layer.compile(dynamic=True, backend="aot_eager_decomp_partition")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        hidden = forward_hidden(model, torch.arange(3, 33), torch.arange(30), Segments.of([30], CPU))
+    hidden.sum().backward()
+    assert kept
+    weights = {
+        shape
+        for module in causal_lm(model).model.layers.modules()
+        if hasattr(module, "base_layer")
+        for shape in ((module.out_features, module.in_features), (module.in_features, module.out_features))
+    }
+    assert len(weights) > 1
+    assert not weights & {tuple(x.shape) for x in kept if x.is_floating_point()}
+    torch._dynamo.reset()

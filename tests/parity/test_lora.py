@@ -1,0 +1,101 @@
+"""LoRA's layers that add before they round: the same numbers as PEFT's, but for what PEFT rounds away in bf16."""
+
+import pytest
+import torch
+
+from configs.peft import LoraConfig
+from configs.training import TrainingConfig
+from utils.adapters import add_adapter, trainable_parameters
+from utils.attention import Segments
+from utils.fused_layers import FusedLayers
+from utils.llama import causal_lm, forward_hidden, load_base_model
+from utils.lora import add_before_rounding
+from utils.model_folder import ModelFolder
+
+CPU = torch.device("cpu")
+LENGTH = 512
+
+
+def adapted(folder, dtype=torch.float32, quantization=None, targets=("all-linear",), **lora):
+    config = TrainingConfig(use_peft=True, lora_config=LoraConfig(target_modules=list(targets), **lora))
+    return add_adapter(load_base_model(ModelFolder(folder), dtype, [CPU], quantization), config)
+
+
+def set_b(model, size):
+    """Every B as if Adam had taken its first step from zero, of `size`."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in trainable_parameters(model).items():
+        if "lora_B" in name:
+            parameter.data = size * torch.randn(parameter.shape, generator=generator).sign()
+
+
+def hidden_of(model, run_layer=None):
+    input_ids = torch.randint(3, 500, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    segments = Segments.of([LENGTH], CPU)
+    return forward_hidden(model, input_ids, torch.arange(LENGTH), segments, run_layer=run_layer)
+
+
+def arriving_share(model, added, run_layer=None, refresh=lambda: None):
+    """How much of `added`, what small Bs add to the model's output in fp32, they add in bf16."""
+    outputs = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=run_layer is None):
+        for size in (0.0, 1e-4):
+            set_b(model, size)
+            refresh()
+            outputs.append(hidden_of(model, run_layer).float())
+    return (((outputs[1] - outputs[0]) * added).sum() / added.pow(2).sum()).item()
+
+
+def test_in_bf16_small_updates_arrive(grouped_model):
+    exact = adapted(grouped_model)
+    with torch.no_grad():
+        set_b(exact, 0.0)
+        without = hidden_of(exact)
+        set_b(exact, 1e-4)
+        added = hidden_of(exact) - without
+    model = adapted(grouped_model, torch.bfloat16)
+    assert arriving_share(model, added) < 0.6  # PEFT's own layers
+    add_before_rounding(model)
+    assert arriving_share(model, added) == pytest.approx(1.0, abs=0.15)
+    fused = FusedLayers(model, torch.bfloat16)
+    assert arriving_share(model, added, fused, fused.refresh) == pytest.approx(1.0, abs=0.15)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "down_proj"]], ids="+".join)
+@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+def test_in_fp32_outputs_and_gradients_are_pefts(grouped_model, quantization, targets, dropout):
+    model = adapted(grouped_model, quantization=quantization, targets=targets, lora_dropout=dropout).train()
+    set_b(model, 0.05)
+    expected, expected_gradients = outputs_and_gradients(model)
+    add_before_rounding(model)
+    hidden, gradients = outputs_and_gradients(model)
+    check_equal((hidden, gradients), (expected, expected_gradients))
+
+
+def test_compiled_layers_give_the_same(grouped_model):
+    model = adapted(grouped_model)
+    set_b(model, 0.05)
+    expected, expected_gradients = outputs_and_gradients(model)
+    add_before_rounding(model)
+    for layer in causal_lm(model).model.layers:
+        layer.compile(backend="aot_eager")
+    hidden, gradients = outputs_and_gradients(model)
+    check_equal((hidden, gradients), (expected, expected_gradients))
+    torch._dynamo.reset()
+
+
+def check_equal(found, expected):
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    for name, gradient in expected[1].items():
+        largest = gradient.abs().max().item()
+        assert largest > 0, name
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
+
+
+def outputs_and_gradients(model):
+    torch.manual_seed(3)  # of dropout
+    hidden = hidden_of(model)
+    model.zero_grad()
+    (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4))).sum().backward()
+    return hidden.detach(), {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
