@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from configs.quantization import Quantization
 from ft_datasets.prompt import PromptTemplate
 from utils.adapters import TRAINING_CONFIG
 from utils.model_folder import ADAPTER_CONFIG, ModelFolder, open_tensors
+from utils.optimization import round_stochastically
 from utils.quantization import rounded_weight
 from utils.saving import make_readable, write_model
 
 PREFIX = "base_model.model."
+SAMPLED_ROWS = 256
+"""Rows of a weight that tell how much of what is added to it a rounding leaves."""
+ARRIVES = 0.95
+"""As much of it as must be left."""
 
 
 class LoraDelta:
@@ -82,7 +88,8 @@ class LoraDelta:
                     adapter=(b.shape[0], a.shape[1]),
                 )
             )
-        return (base.float() + self._scale(module, a.shape[0]) * (b.float() @ a.float())).to(weight.dtype)
+        added = self._scale(module, a.shape[0]) * (b.float() @ a.float())
+        return rounded_sum(base.float(), added, weight.dtype, seed=zlib.crc32(name.encode()))
 
     def check_all_used(self) -> None:
         """Refuse an adapter with weights for modules that the base model does not have."""
@@ -110,6 +117,24 @@ def _pattern(patterns: dict[str, Any] | None, module: str, default: float) -> fl
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
+
+
+def rounded_sum(base: torch.Tensor, added: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """base + added, both fp32, in `dtype`.
+
+    What an adapter adds after few steps is smaller than the last bit of a bf16 weight: rounded to the nearest, most of
+    it would be gone. Where it would, the sum is rounded up or down at random, which keeps the mean.
+
+    Args:
+        seed: of that; the same sum is always rounded alike.
+    """
+    total = base + added
+    nearest = total.to(dtype)
+    sample = slice(SAMPLED_ROWS)
+    arriving = ((nearest[sample].float() - base[sample]) * added[sample]).sum() / added[sample].square().sum()
+    if dtype == torch.bfloat16 and arriving < ARRIVES:  # nothing is lost of nothing: no number is smaller than 0 / 0
+        return round_stochastically(total, seed)
+    return nearest
 
 
 def merge(

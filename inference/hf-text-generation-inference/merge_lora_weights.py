@@ -4,7 +4,7 @@
       --base_model ./models/NousResearch/Llama-2-7b-hf --peft_model output/model --output_dir output/merged_model_output
 
 Works tensor by tensor: memory holds one shard of the merged model at a time, whatever the model's size, and no GPU is
-needed. The sum W + scale * B A is formed in fp32 and rounded once.
+needed. The sum W + scale * B A is formed in fp32 and rounded once; in a bf16 model so that small updates count.
 """
 
 import signal

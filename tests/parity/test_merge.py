@@ -15,7 +15,7 @@ from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.adapters import load_adapter
 from utils.llama import load_base_model
-from utils.merging import merge
+from utils.merging import merge, rounded_sum
 from utils.model_folder import ModelFolder
 
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
@@ -90,6 +90,24 @@ def test_biases_and_a_tied_head_of_a_bf16_base(grouped_model, tmp_path):
     assert error < 0.05
     dtypes = {tensor.dtype for _name, tensor in ModelFolder(tmp_path / "merged").tensors()}
     assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("size", "is_near"), [(1e-5, False), (3e-5, False), (1e-2, True)])
+def test_small_updates_of_a_bf16_weight_are_not_rounded_away(size, is_near):
+    generator = torch.Generator().manual_seed(5)
+    weight = (0.02 * torch.randn(128, 512, generator=generator)).bfloat16().float()
+    added = size * torch.randn(128, 4, generator=generator) @ torch.randn(4, 512, generator=generator) / 2
+    merged = rounded_sum(weight, added, torch.bfloat16, seed=1)
+    assert merged.dtype == torch.bfloat16
+    change = merged.float() - weight
+    arriving = (change * added).sum() / added.square().sum()
+    assert arriving == pytest.approx(1.0, abs=0.03)
+    last_bit = 2.0 ** (torch.frexp(weight + added).exponent.float() - 8)
+    assert ((change - added).abs() <= last_bit).all()
+    assert torch.equal(merged, (weight + added).bfloat16()) == is_near
+    assert torch.equal(merged, rounded_sum(weight, added, torch.bfloat16, seed=1))
+    assert torch.equal(rounded_sum(weight, torch.zeros_like(added), torch.bfloat16, seed=1).float(), weight)
+    assert torch.equal(rounded_sum(weight, added, torch.float32, seed=1), weight + added)
 
 
 def random_adapter(folder, base, **settings):
