@@ -79,9 +79,9 @@ class LayerWeights(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs beside the layer's input; `narrow` are the groups' inputs times A, [length, r].
+    """What the backward pass needs beside the layer's input; `narrow` are the groups' inputs times A.
 
-    `log_sum_exp` is [heads, length].
+    `log_sum_exp` is [heads, length]; `narrow` are as wide as the groups' A are high.
     """
 
     query: torch.Tensor

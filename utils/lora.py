@@ -12,7 +12,10 @@ from utils.quantization import FrozenMatmul, QuantizedLinear
 
 
 def add_before_rounding(model: nn.Module) -> None:
-    """Let the LoRA layers of a model that is trained compute W x + scaling B A x as one product, rounded once."""
+    """Let the LoRA layers of a model that is trained compute W x + scaling B A x as one product, rounded once.
+
+    What PEFT can switch (other adapters, none, merged weights) they leave aside from here on.
+    """
     from peft.tuners.lora import Linear
 
     for module in model.modules():

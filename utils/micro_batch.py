@@ -141,9 +141,12 @@ class Search:
             return best
         for micro_batch, speed in dict.fromkeys([(best, best_speed), largest[best.rows]]):
             give_back_host()  # another size needs other pieces
-            for candidate in self._with_offloading(micro_batch, speed, best_speed):
-                if (speed := self._speed(candidate)) > best_speed:
-                    best, best_speed = candidate, speed
+            for candidate, promised in self._with_offloading(micro_batch, speed):
+                won = (1 - best_speed / promised) * WON_BACK_WITHIN
+                if won <= self.host.pin_seconds * self._pinned_bytes(candidate) or not self._fits(candidate):
+                    continue
+                if (offloading := self._speed(candidate)) > best_speed:
+                    best, best_speed = candidate, offloading
         if not best.offload_every or best.token_budget != micro_batch.token_budget:
             give_back_host()  # what was pinned last is not what the run will use
         return best
@@ -208,8 +211,8 @@ class Search:
         # Room for one layer stays: later steps have other lengths, and lose a little between blocks.
         return kept_counts[max(0, fits - 1)]
 
-    def _with_offloading(self, micro_batch: MicroBatch, speed: float, best_speed: float) -> Iterator[MicroBatch]:
-        """Micro-batches that fit and may be faster: this one, of so many tokens/s, with activations in host memory."""
+    def _with_offloading(self, micro_batch: MicroBatch, speed: float) -> Iterator[tuple[MicroBatch, float]]:
+        """This one, of so many tokens/s, with activations in host memory; and its tokens/s if copies cost nothing."""
         others = self.kept_counts[-1] - micro_batch.kept_layers
         if not self.host or not others or not speed:
             return
@@ -229,10 +232,8 @@ class Search:
         for every in sorted({max(1, least, round(pace)), max(least, math.ceil(pace))}):
             candidate = micro_batch._replace(kept_layers=kept, offload_every=every)
             promised = speed * layer_passes / (3 * self.kept_counts[-1] - kept - candidate.offloads(others))
-            won = 1 - best_speed / promised
-            pinning = self.host.pin_seconds * self._pinned_bytes(candidate)
-            if won * WON_BACK_WITHIN > pinning and self.has_host_memory(candidate) and self._fits(candidate):
-                yield candidate
+            if self.has_host_memory(candidate):
+                yield candidate, promised
 
     def has_host_memory(self, micro_batch: MicroBatch) -> bool:
         """Whether what its layers offload finds room there."""

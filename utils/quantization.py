@@ -65,6 +65,8 @@ class FrozenMatmul(torch.autograd.Function):
         if narrow is not None:
             grad_narrow = grad_output @ b
             grad_b = grad_output.flatten(0, -2).t() @ narrow.flatten(0, -2)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_narrow, grad_b, None, *(None for _tensor in stored)
         if torch.compiler.is_compiling() and len(stored) > 1:
             # A compiler sees the same weight made twice and would keep the first, all layers' beside one another.
             stored[1] = copy_after(stored[1], grad_output)

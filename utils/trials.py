@@ -15,7 +15,7 @@ from ft_datasets.alpaca_dataset import Example
 from utils.activations import HostMemory, MicroBatch, host_seconds
 from utils.distributed import World, same_on_all
 from utils.llama import causal_lm
-from utils.memory import free_main_memory
+from utils.memory import free_main_memory, give_back_host
 from utils.micro_batch import cards_of
 from utils.optimization import create_state
 from utils.packing import PackedBatch
@@ -76,6 +76,7 @@ class Trials:
         if fused is None or not self.config.activation_offload or self.world.device.type == "cpu":
             return None
         copying, pinning = host_seconds(self.world.device)
+        give_back_host()
         own = free_main_memory() / 4 / self.world.size, copying * sum(fused.kept_bytes), pinning
         rooms, seconds, pin_seconds = zip(*map(json.loads, same_on_all(json.dumps(own))), strict=True)
 

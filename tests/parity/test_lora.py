@@ -7,10 +7,13 @@ from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from utils.adapters import add_adapter, trainable_parameters
 from utils.attention import Segments
+from utils.distributed import World
 from utils.fused_layers import FusedLayers
 from utils.llama import causal_lm, forward_hidden, load_base_model
 from utils.lora import add_before_rounding
 from utils.model_folder import ModelFolder
+from utils.precision import Precision
+from utils.trainable import load_trainable
 
 CPU = torch.device("cpu")
 LENGTH = 512
@@ -46,14 +49,15 @@ def arriving_share(model, added, run_layer=None, refresh=lambda: None):
     return (((outputs[1] - outputs[0]) * added).sum() / added.pow(2).sum()).item()
 
 
-def test_in_bf16_small_updates_arrive(grouped_model):
-    exact = adapted(grouped_model)
+@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+def test_in_bf16_small_updates_arrive(grouped_model, quantization):
+    exact = adapted(grouped_model, torch.float32, quantization)
     with torch.no_grad():
         set_b(exact, 0.0)
         without = hidden_of(exact)
         set_b(exact, 1e-4)
         added = hidden_of(exact) - without
-    model = adapted(grouped_model, torch.bfloat16)
+    model = adapted(grouped_model, torch.bfloat16, quantization)
     assert arriving_share(model, added) < 0.6  # PEFT's own layers
     add_before_rounding(model)
     assert arriving_share(model, added) == pytest.approx(1.0, abs=0.15)
@@ -91,6 +95,16 @@ def check_equal(found, expected):
         largest = gradient.abs().max().item()
         assert largest > 0, name
         torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_run_in_16_bits_has_such_layers(grouped_model, tmp_path, dtype):
+    config = TrainingConfig(model_name=str(grouped_model), output_dir=str(tmp_path), use_peft=True)
+    world = World(0, 0, 1, [CPU])
+    module = load_trainable(config, world, ModelFolder(grouped_model), Precision(dtype, dtype, ""))
+    forwards = [layer.forward for layer in module.modules() if hasattr(layer, "lora_A")]
+    assert forwards
+    assert {forward.__module__ == "utils.lora" for forward in forwards} == {dtype != torch.float32}
 
 
 def outputs_and_gradients(model):

@@ -24,6 +24,7 @@ from utils.estimate import (
     estimate,
     estimate_of_run,
     fused,
+    kind_of,
     trained_parameters,
 )
 from utils.memory import forget_peak
@@ -103,6 +104,13 @@ def test_estimates_are_near_what_an_h100_needed(kind, quantization, tokens, meas
     config = replace(LORA, quantization=quantization)
     found = estimate(config, shape, 2, kind, MicroBatch(tokens, 4))
     assert found.peak / 1e9 == pytest.approx(measured, rel=0.05)
+
+
+def test_what_is_not_compiled_needs_more():
+    for is_fused in (True, False):
+        compiled, written = kind_of(is_fused, True), kind_of(is_fused, False)
+        peaks = [estimate(LORA, LLAMA_7B, 2, kind, MicroBatch(4000, 16)).peak for kind in (compiled, written)]
+        assert peaks[0] < peaks[1]
 
 
 def test_two_cards_hold_the_parts_of_one():
