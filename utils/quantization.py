@@ -181,10 +181,12 @@ class Nf4Linear(QuantizedLinear):
     def dequantize_stored(dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
         """See QuantizedLinear."""
         weight, absmax, offset, absmax_absmax, absmax_code, _code = stored
-        shape = (weight.shape[0], 2 * weight.shape[1])
+        rows, columns = weight.shape[0], 2 * weight.shape[1]
+        # bitsandbytes' kernel for CPUs lets a block end with its row; in what is stored it runs on.
+        shape = (rows, columns) if columns % NF4_BLOCK == 0 else (1, rows * columns)
         library = torch.ops.bitsandbytes
         scales = library.dequantize_blockwise(absmax, absmax_absmax, absmax_code, ABSMAX_BLOCK, torch.float32) + offset
-        return library.dequantize_4bit(weight.view(-1, 1), scales, NF4_BLOCK, "nf4", shape, dtype)
+        return library.dequantize_4bit(weight.view(-1, 1), scales, NF4_BLOCK, "nf4", shape, dtype).view(rows, columns)
 
     @classmethod
     def dequantize_fused(cls, dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
