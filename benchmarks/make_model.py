@@ -1,6 +1,6 @@
 """Models with random weights in Llama's shape, and data of long examples: for benchmarks without a download.
 
-python -m benchmarks.make_model tiny|1b|7b FOLDER CORPUS [TOKENIZER]
+python -m benchmarks.make_model tiny|1b|7b|7b-4 FOLDER CORPUS [TOKENIZER]
 """
 
 import json
@@ -23,8 +23,9 @@ SHAPES = {
         "num_key_value_heads": 4,
     },
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "7b-4": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 4, "num_attention_heads": 32},
 }
-"""A few million parameters; TinyLlama-1.1B; Llama-2-7B."""
+"""A few million parameters; TinyLlama-1.1B; Llama-2-7B, and four layers of it."""
 
 
 def make_model(shape: str, folder: Path, corpus: Path, tokenizer: Path | None = None) -> None:
