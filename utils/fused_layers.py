@@ -18,8 +18,7 @@ from utils.activations import Activations
 from utils.attention import Segments, has_varlen
 from utils.fused_arithmetic import Group, LayerShape, LayerWeights, Linear, Row, Saved
 from utils.llama import causal_lm
-from utils.lora import as_stored
-from utils.quantization import QuantizedLinear
+from utils.quantization import QuantizedLinear, as_stored
 
 ALIGNED = 8
 """The matrix library's fast kernels want rows of a multiple of so many numbers."""

@@ -8,7 +8,7 @@ import types
 import torch
 from torch import nn
 
-from utils.quantization import FrozenMatmul, QuantizedLinear
+from utils.quantization import FrozenMatmul, QuantizedLinear, as_stored
 
 
 def add_before_rounding(model: nn.Module) -> None:
@@ -36,8 +36,3 @@ def _forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(dtype)
     y = FrozenMatmul.apply(x, layer.lora_dropout["default"](x) @ a.t(), b, dequantize, *stored)
     return y if base.bias is None else y + base.bias
-
-
-def as_stored(_dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
-    """The weight of a layer that is not quantised; stands where QuantizedLinear.dequantize_stored does."""
-    return weight

@@ -74,6 +74,11 @@ class FrozenMatmul(torch.autograd.Function):
         return grad_x, grad_narrow, grad_b, None, *(None for _tensor in stored)
 
 
+def as_stored(_dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
+    """The weight of a layer that is not quantised: `Dequantize` for it."""
+    return weight
+
+
 class QuantizedLinear(nn.Linear):
     """A frozen linear layer; a subclass of nn.Linear so that PEFT puts its adapters over it.
 
