@@ -128,7 +128,7 @@ def plain(
     )
 
 
-def compiled(
+def compiled_plain(
     shape: Shape, targets: list[str], rank: int, quantization: Quantization | None, compute_bytes: int
 ) -> LayerMemory:
     """The same modules through torch.compile, which fuses norms away; fitted to a bf16 base."""
@@ -168,7 +168,7 @@ def fused(
 
 LAYERS: dict[Kind, Callable[..., LayerMemory]] = {
     "plain": plain,
-    "compiled plain": compiled,
+    "compiled plain": compiled_plain,
     "fused": fused,
     "compiled fused": compiled_fused,
 }

@@ -213,25 +213,25 @@ class Search:
 
     def _with_offloading(self, micro_batch: MicroBatch, speed: float) -> Iterator[tuple[MicroBatch, float]]:
         """This one, of so many tokens/s, with activations in host memory; and its tokens/s if copies cost nothing."""
-        others = self.kept_counts[-1] - micro_batch.kept_layers
-        if not self.host or not others or not speed:
+        every_layer = self.kept_counts[-1]
+        if not self.host or micro_batch.kept_layers == every_layer or not speed:
             return
         # The copy of a layer's takes as long as the forward passes of `pace` layers. A step is a forward pass of all
         # layers, another of those that recompute, and over frozen weights a backward pass costs about the same. Several
         # cards share the layers, and each has its own way to the host.
-        layer_passes = 3 * self.kept_counts[-1] - micro_batch.kept_layers
+        layer_passes = 3 * every_layer - micro_batch.kept_layers
         pace = self.host.seconds * speed * layer_passes / len(self.world.devices)
         if not math.isfinite(pace):
             return
         # The activations of one offloaded layer are still on the card when the others begin to keep theirs.
         kept = max(self.kept_counts[0], micro_batch.kept_layers - 1)
         # With less room than that takes, fewer layers are offloaded.
-        others = self.kept_counts[-1] - kept
+        others = every_layer - kept
         affordable = math.floor(min(others, self.host.room / (micro_batch.rows * self._host_bytes(micro_batch))))
         least = math.ceil(others / max(1, affordable))
         for every in sorted({max(1, least, round(pace)), max(least, math.ceil(pace))}):
             candidate = micro_batch._replace(kept_layers=kept, offload_every=every)
-            promised = speed * layer_passes / (3 * self.kept_counts[-1] - kept - candidate.offloads(others))
+            promised = speed * layer_passes / (3 * every_layer - kept - candidate.offloads(others))
             if self.has_host_memory(candidate):
                 yield candidate, promised
 

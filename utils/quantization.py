@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import library, nn
 
 from configs.errors import UserError
 from configs.messages import _
@@ -24,7 +24,7 @@ ABSMAX_BLOCK = 256
 Dequantize = Callable[..., torch.Tensor]
 
 
-@torch.library.custom_op("llama2_chinese::copy_after", mutates_args=())
+@library.custom_op("llama2_chinese::copy_after", mutates_args=())
 def copy_after(tensor: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     """A copy of `tensor` that nobody can make before `earlier` is there."""
     return tensor.clone()
@@ -61,16 +61,15 @@ class FrozenMatmul(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_output,) = grad_outputs
         narrow, b, *stored = ctx.saved_tensors
-        grad_narrow = grad_b = None
+        grad_x = grad_narrow = grad_b = None
         if narrow is not None:
             grad_narrow = grad_output @ b
             grad_b = grad_output.flatten(0, -2).t() @ narrow.flatten(0, -2)
-        if not ctx.needs_input_grad[0]:
-            return None, grad_narrow, grad_b, None, *(None for _tensor in stored)
-        if torch.compiler.is_compiling() and len(stored) > 1:
-            # A compiler sees the same weight made twice and would keep the first, all layers' beside one another.
-            stored[1] = copy_after(stored[1], grad_output)
-        grad_x = grad_output @ ctx.dequantize(grad_output.dtype, *stored)
+        if ctx.needs_input_grad[0]:
+            if torch.compiler.is_compiling() and len(stored) > 1:
+                # A compiler sees the same weight made twice and would keep the first, all layers' beside one another.
+                stored[1] = copy_after(stored[1], grad_output)
+            grad_x = grad_output @ ctx.dequantize(grad_output.dtype, *stored)
         return grad_x, grad_narrow, grad_b, None, *(None for _tensor in stored)
 
 
@@ -189,9 +188,9 @@ class Nf4Linear(QuantizedLinear):
         rows, columns = weight.shape[0], 2 * weight.shape[1]
         # bitsandbytes' kernel for CPUs lets a block end with its row; in what is stored it runs on.
         shape = (rows, columns) if columns % NF4_BLOCK == 0 else (1, rows * columns)
-        library = torch.ops.bitsandbytes
-        scales = library.dequantize_blockwise(absmax, absmax_absmax, absmax_code, ABSMAX_BLOCK, torch.float32) + offset
-        return library.dequantize_4bit(weight.view(-1, 1), scales, NF4_BLOCK, "nf4", shape, dtype).view(rows, columns)
+        kernels = torch.ops.bitsandbytes
+        scales = kernels.dequantize_blockwise(absmax, absmax_absmax, absmax_code, ABSMAX_BLOCK, torch.float32) + offset
+        return kernels.dequantize_4bit(weight.view(-1, 1), scales, NF4_BLOCK, "nf4", shape, dtype).view(rows, columns)
 
     @classmethod
     def dequantize_fused(cls, dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
