@@ -1,13 +1,16 @@
-"""A tokenizer and small models, made once for all tests, so that nothing is downloaded."""
+"""A tokenizer, small models and a hub, made once for all tests, so that nothing is downloaded."""
 
 import contextlib
+import gettext
 import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -345,3 +348,27 @@ def write_tokenizer_json(model_file: Path, folder: Path) -> Path:
     folder.mkdir(parents=True)
     fast.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture
+def english(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages are judged by their English text, whatever the machine's language is."""
+    monkeypatch.setattr("configs.messages._translation", gettext.NullTranslations())
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Any]:
+    """A hub on this machine that misbehaves as it is told."""
+    from fake_hub import FakeHub
+
+    with FakeHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def endpoint(hub: Any) -> Callable[..., str]:
+    """Sets a scenario up and gives its address."""
+    from downloads import SEED
+    from soak_download import FILES
+
+    return lambda **values: hub.scenario(uuid.uuid4().hex, **{"files": FILES, "seed": SEED, **values})
