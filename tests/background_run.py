@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +55,23 @@ class BackgroundRun:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
         return pids
+
+    def interrupt(self, signum: int) -> None:
+        """A frozen run goes on, torchrun having got a signal as from a terminal and passed it on to its workers."""
+        workers = self.workers()
+        for sent in (signum, signal.SIGCONT):
+            self.process.send_signal(sent)
+        deadline = time.monotonic() + 60
+        while not all(self._awaits(pid, signum) for pid in workers):
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.005)
+        self.send(signal.SIGCONT)
+
+    @staticmethod
+    def _awaits(pid: int, signum: int) -> bool:
+        """Whether a frozen process will get this signal as soon as it goes on."""
+        (pending,) = re.findall(r"^ShdPnd:\t(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        return bool(int(pending, 16) >> signum - 1 & 1)
 
     def wait_for_step(self, output: Path, step: int) -> None:
         """Freeze the run as soon as it has done so many steps."""
