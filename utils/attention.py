@@ -25,12 +25,12 @@ class Segments:
     """Where the examples of one packed row lie, end to end.
 
     Attributes:
-        bounds: start of each segment, and the row's end.
-        cumulative: the same as a tensor, int32, shape [segments + 1].
+        lengths: of each segment, in order.
+        cumulative: start of each segment and the row's end, int32, shape [segments + 1].
         longest: no segment is longer; the same number all through a run keeps compiled code valid.
     """
 
-    bounds: list[int]
+    lengths: list[int]
     cumulative: torch.Tensor
     longest: int
 
@@ -39,11 +39,11 @@ class Segments:
         """Segments of these lengths, in order."""
         bounds = list(itertools.accumulate(lengths, initial=0))
         cumulative = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
-        return cls(bounds, cumulative, max(longest, *lengths))
+        return cls(list(lengths), cumulative, max(longest, *lengths))
 
     def to(self, device: torch.device) -> "Segments":
         """The same segments, for a row on another device."""
-        return Segments(self.bounds, self.cumulative.to(device), self.longest)
+        return Segments(self.lengths, self.cumulative.to(device), self.longest)
 
 
 class PastKeyValues(Protocol):
@@ -111,37 +111,30 @@ def packed_attention(
     Returns:
         [1, length, heads, head_dim], and None in the place of attention weights.
     """
-    length = query.shape[2]
+    # Over fp32 weights under autocast, queries and keys come in fp32 from their rotation; values don't.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if past is not None:
         key, value = past.extend(module.layer_idx, key, value)
-    past_length = key.shape[2] - length
+    past_length = key.shape[2] - query.shape[2]
     if segments is not None and past_length == 0 and has_varlen(query.device, query.dtype):
         return _varlen(query, key, value, segments, scaling), None
 
-    bounds = segments.bounds if segments is not None else [0, length]
+    def of_each_segment(states: torch.Tensor) -> list[torch.Tensor]:
+        # Slices instead of a split would each have a gradient as long as the row.
+        before, *own = states.split([past_length, *segments.lengths], dim=2)
+        return [torch.cat((before, part), dim=2) for part in own] if past_length else own
+
+    parts = [(query, key, value)]
+    if segments is not None:
+        parts = zip(query.split(segments.lengths, dim=2), of_each_segment(key), of_each_segment(value), strict=True)
     outputs = []
-    for start, end in itertools.pairwise(bounds):
-        keys, values = (
-            key[:, :, past_length + start : past_length + end],
-            value[:, :, past_length + start : past_length + end],
-        )
-        mask = None
-        if past_length:
-            keys = torch.cat((key[:, :, :past_length], keys), dim=2)
-            values = torch.cat((value[:, :, :past_length], values), dim=2)
-            if end - start > 1:
-                shape = (end - start, past_length + end - start)
-                mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(past_length)
+    for q, k, v in parts:
+        length, mask = q.shape[2], None
+        if past_length and length > 1:
+            mask = torch.ones(length, past_length + length, dtype=torch.bool, device=q.device).tril(past_length)
+        is_causal, grouped = past_length == 0 and length > 1, q.shape[1] != k.shape[1]
         outputs.append(
-            scaled_dot_product_attention(
-                query[:, :, start:end],
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=past_length == 0 and end - start > 1,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+            scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scaling, enable_gqa=grouped)
         )
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
@@ -160,7 +153,7 @@ def _varlen(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key.to(query.dtype), value.to(query.dtype)))
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     bounds, longest = segments.cumulative, segments.longest
     # A window of (-1, 0) is causal attention: everything before, nothing after.
     output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
@@ -233,10 +226,10 @@ def attention_backward(
 def _one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cumulative: torch.Tensor, scale: float
 ) -> torch.Tensor:
+    lengths = cumulative.diff().tolist()
     outputs = []
-    for start, end in itertools.pairwise(cumulative.tolist()):
-        q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
-        gqa = query.shape[1] != key.shape[1]
+    for q, k, v in zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True):
+        gqa = q.shape[0] != k.shape[0]
         outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa))
     return torch.cat(outputs, dim=1).transpose(0, 1)
 

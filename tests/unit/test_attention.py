@@ -5,8 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_trainer
 
+from utils import attention
 from utils.attention import KeyValueCache, Prefix, Segments, packed_attention
+from utils.response_loss import ResponseLoss
 
 HEAD_DIM = 8
 LAYER = SimpleNamespace(layer_idx=0)
@@ -58,6 +61,16 @@ def test_without_segments_the_row_is_one(heads, kv_heads):
     query, key, value = random_states(heads, kv_heads, 6)
     output, _ = packed_attention(LAYER, query, key, value)
     torch.testing.assert_close(output, plain_attention(query, key, value, [6]))
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_over_fp32_weights_attention_gets_what_flash_attention_takes(tiny_model, tmp_path, monkeypatch, use_peft):
+    """It takes 16 bits alone, and rotated queries over fp32 weights are fp32 under autocast."""
+    trainer, asked = make_trainer(tiny_model, tmp_path, use_peft=use_peft), set()
+    monkeypatch.setattr(attention, "has_varlen", lambda _device, dtype: bool(asked.add(dtype)))
+    loss_module = ResponseLoss(trainer.model, torch.bfloat16)
+    loss_module(trainer._pack(trainer.training), 1.0).backward()
+    assert asked == {torch.bfloat16}
 
 
 def test_scaling_is_used():

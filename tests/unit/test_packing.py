@@ -175,7 +175,7 @@ def test_packed_row_of_two_examples_is_as_written_by_hand():
     batch = pack([one, two], CPU)
     assert batch.input_ids.tolist() == [1, 10, 11, 12, 13, 2, 1, 20, 21, 2]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
-    assert batch.segments.bounds == [0, 6, 10]
+    assert batch.segments.lengths == [6, 4]
     assert batch.segments.cumulative.tolist() == [0, 6, 10]
     # 12 is predicted from 11 at row 2, ..., the first </s> from 13 at row 4; nothing predicts the second <s>.
     assert batch.label_rows.tolist() == [2, 3, 4, 7, 8]
@@ -195,7 +195,7 @@ def test_a_row_is_filled_up_without_labels():
     batch = pack([example, example], CPU, longest=5, at_least=11)
     assert batch.input_ids.tolist() == [1, 7, 8, 2, 1, 7, 8, 2, 0, 0, 0]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
-    assert batch.segments.bounds == [0, 4, 8, 11]
+    assert batch.segments.lengths == [4, 4, 3]
     assert batch.label_rows.tolist() == [1, 2, 5, 6]
     assert batch.label_ids.tolist() == [8, 2, 8, 2]
 
@@ -203,6 +203,6 @@ def test_a_row_is_filled_up_without_labels():
 def test_what_fills_a_row_up_is_no_longer_than_the_longest_example():
     """Else `longest`, a constant in compiled code, would be another from row to row."""
     batch = pack([Example(1, "", np.array([7, 8, 2], dtype=np.int32), prompt_length=0)], CPU, longest=4, at_least=13)
-    assert batch.segments.bounds == [0, 3, 7, 11, 13]
+    assert batch.segments.lengths == [3, 4, 4, 2]
     assert batch.segments.longest == 4
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
