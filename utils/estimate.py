@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from configs.peft import ALL_LINEAR
-from configs.quantization import Quantization
 from configs.training import TrainingConfig
 from utils.activations import MicroBatch
 from utils.llama import causal_lm
@@ -108,45 +107,51 @@ class LayerMemory:
     weights: float
 
 
-def plain(
-    shape: Shape, targets: list[str], rank: int, quantization: Quantization | None, compute_bytes: int
-) -> LayerMemory:
-    """transformers' modules under PEFT's.
-
-    The factors of `kept` are fitted to runs on an H100 (7B shape, torch 2.11): norms keep fp32 copies, and each adapted
-    layer a copy of its input.
-    """
-    linears = shape.linears()
-    kept = 4 * shape.intermediate + 6 * shape.hidden + 0.7 * sum(linears[name][0] for name in targets)
+def plain(config: TrainingConfig, shape: Shape, compute_bytes: int) -> LayerMemory:
+    """transformers' modules, as autograd keeps their tensors (a test counts them)."""
+    h, i, targets = shape.hidden, shape.intermediate, _targets(config, shape)
+    is_full = not config.use_peft
+    # Over trained fp32 weights the residual stream is fp32, and autocast makes each linear layer a copy of its own.
+    is_wide = is_full and BytesEach.of(config).weight > compute_bytes
+    norms = 2 * (4 + (0 if not is_full else 4 if is_wide else compute_bytes)) * h
+    attention = compute_bytes * 4 * shape.query + 4 * shape.heads  # all heads' queries, keys, values, outputs
+    mlp = compute_bytes * 3 * i  # gate, its activation, up
+    if is_full:
+        inputs = compute_bytes * ((5 if is_wide else 2) * h + i)
+    elif config.lora_config.lora_dropout:  # what is left of each input, and which
+        inputs = (compute_bytes + 1) * sum(shape.linears()[name][0] for name in targets)
+    else:
+        groups = (h, {"q_proj", "k_proj", "v_proj"}), (h, {"gate_proj", "up_proj"}), (i, {"down_proj"})
+        inputs = compute_bytes * sum(width for width, names in groups if names & {*targets})
+    narrow = compute_bytes * config.lora_config.r * len(targets)
     # Autograd lets go of what it has used, so little comes on top: a gradient as wide as the MLP, two of the stream.
-    temporary = shape.intermediate + 2 * shape.hidden
-    largest = max(a * b for a, b in linears.values())
-    # int8 times its fp32 scale is fp32 before it is rounded; NF4 comes out in the compute dtype.
-    dequantised = {"8bit": 4.0 + compute_bytes, "4bit": float(compute_bytes)}.get(quantization or "", 0.0)
+    temporary = i + 2 * h
+    # A weight beside its B, or its gradient. NF4 comes out in the compute dtype before; int8 times its fp32 scale is
+    # fp32 before it is rounded.
+    weights = {None: compute_bytes, "4bit": 2 * compute_bytes, "8bit": 4 + compute_bytes}[config.quantization]
     return LayerMemory(
-        kept * compute_bytes, shape.hidden * compute_bytes, temporary * compute_bytes, dequantised * largest
+        norms + attention + mlp + inputs + narrow,
+        h * (4 if is_wide else compute_bytes),
+        temporary * compute_bytes,
+        weights * max(a * b for a, b in shape.linears().values()),
     )
 
 
-def compiled_plain(
-    shape: Shape, targets: list[str], rank: int, quantization: Quantization | None, compute_bytes: int
-) -> LayerMemory:
-    """The same modules through torch.compile, which fuses norms away; fitted to a bf16 base."""
-    layer = plain(shape, targets, rank, quantization, compute_bytes)
-    return LayerMemory(0.78 * layer.kept, layer.recomputed, layer.temporary, layer.weights)
+def compiled_plain(config: TrainingConfig, shape: Shape, compute_bytes: int) -> LayerMemory:
+    """The same modules through torch.compile, which fuses norms away; fitted to a bf16 base on an H100."""
+    layer = plain(config, shape, compute_bytes)
+    return replace(layer, kept=0.86 * layer.kept)
 
 
-def compiled_fused(
-    shape: Shape, targets: list[str], rank: int, quantization: Quantization | None, compute_bytes: int
-) -> LayerMemory:
+def compiled_fused(config: TrainingConfig, shape: Shape, compute_bytes: int) -> LayerMemory:
     """One function a layer that keeps what its backward pass needs and nothing else, through torch.compile."""
     attention = 2 * shape.query + 2 * shape.key_value  # query and key after rotation, value, output
     kept = 2 * shape.hidden + attention + 2 * shape.intermediate  # input, hidden after attention, gate, up
     softmax_statistics = 4 * shape.heads
-    lora = rank * len(targets)
+    lora = config.lora_config.r * len(_targets(config, shape))
     # Gradients of gate, up and their product; of input and output and between attention and MLP.
     temporary = 3 * shape.intermediate + 4 * shape.hidden
-    largest_group = 2 * shape.intermediate * shape.hidden if quantization else 0  # gate and up together
+    largest_group = 2 * shape.intermediate * shape.hidden if config.quantization else 0  # gate and up together
     return LayerMemory(
         (kept + lora) * compute_bytes + softmax_statistics,
         shape.hidden * compute_bytes,
@@ -155,18 +160,16 @@ def compiled_fused(
     )
 
 
-def fused(
-    shape: Shape, targets: list[str], rank: int, quantization: Quantization | None, compute_bytes: int
-) -> LayerMemory:
+def fused(config: TrainingConfig, shape: Shape, compute_bytes: int) -> LayerMemory:
     """The same as it is written: what stands in fp32 between gate, up and their gradients has a place of its own.
 
     Fitted to NF4 and int8 bases on an H100 (four layers of the 7B shape, torch 2.11).
     """
-    layer = compiled_fused(shape, targets, rank, quantization, compute_bytes)
+    layer = compiled_fused(config, shape, compute_bytes)
     return replace(layer, temporary=layer.temporary + 22 * shape.intermediate)
 
 
-LAYERS: dict[Kind, Callable[..., LayerMemory]] = {
+LAYERS: dict[Kind, Callable[[TrainingConfig, Shape, int], LayerMemory]] = {
     "plain": plain,
     "compiled plain": compiled_plain,
     "fused": fused,
@@ -186,11 +189,13 @@ class Estimate:
     """Bytes by part, of the fullest card.
 
     Attributes:
-        weights: the frozen ones; in full fine-tuning the copies that are computed with.
+        weights: the frozen ones.
         trained: weights, gradients and optimizer of what is trained.
-        activations: what layers keep between the passes.
+        activations: what layers keep between the passes; in full fine-tuning their weights in the compute dtype, too.
         temporary: what a layer's backward pass needs beside them.
         logits: what the loss needs beside them; it comes before `temporary`, so the larger of the two counts.
+        unmade: of `trained`, gradients that come only while the activations go.
+        in_transit: gradients on their way to the processes that keep them, when the activations have gone.
     """
 
     weights: float
@@ -198,11 +203,14 @@ class Estimate:
     activations: float
     temporary: float
     logits: float
+    unmade: float
+    in_transit: float
 
     @property
     def peak(self) -> float:
         """The most that is allocated at a time."""
-        return self.fixed + self.activations + max(self.temporary, self.logits) + WORKSPACES
+        between_the_passes = self.activations + max(self.temporary, self.logits) - self.unmade
+        return self.fixed + max(between_the_passes, self.temporary + self.in_transit) + WORKSPACES
 
     @property
     def fixed(self) -> float:
@@ -223,6 +231,7 @@ def estimate(
     micro_batch: MicroBatch,
     cards: int = 1,
     shards: int = 1,
+    step: int = 0,
 ) -> Estimate:
     """Memory of one process.
 
@@ -232,48 +241,57 @@ def estimate(
         cards: over which the process lays the layers; the estimate is for the last, which has the head and the layers
             that keep most.
         shards: processes that share weights, gradients and optimizer out (FSDP; see sharding_group_size).
+        step: the process's tokens of a step: whether its gradients are there from an earlier micro-batch.
     """
     here = math.ceil(shape.layers / cards)
     others = shape.other_weights if cards == 1 else shape.head_weights
     base = here * shape.layer_weights, others
-    quantization, each = config.quantization, BytesEach.of(config)
+    each = BytesEach.of(config)
     on_card = each.weight + each.gradient + (0.0 if config.optimizer.startswith("paged") else each.optimizer)
     if config.use_peft:
-        bytes_each = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}.get(quantization or "", compute_bytes)
-        weights = bytes_each * base[0] + compute_bytes * base[1]
-        trained = on_card * adapter_parameters(config, shape) * here / shape.layers
+        stored = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}.get(config.quantization or "", compute_bytes)
+        stored_others, copied = compute_bytes, 0
+        weights = stored * base[0] + stored_others * base[1]
+        trained = adapter_parameters(config, shape) * here / shape.layers
     else:
+        # Of wider weights autocast keeps a copy in the compute dtype from the forward to the backward pass. FSDP
+        # gathers the layers' in that dtype instead, and the others as they are.
+        copied = compute_bytes if compute_bytes < each.weight and not config.enable_fsdp else 0
+        stored, stored_others = compute_bytes if config.enable_fsdp else each.weight, each.weight
         frozen_layers = config.num_freeze_layers if config.freeze_layers else 0
         frozen = max(0, frozen_layers - (shape.layers - here)) * shape.layer_weights
         if config.freeze_layers and cards == 1:
             frozen += shape.head_weights  # the embedding
-        # Of wider weights autocast keeps a copy in the compute dtype from the forward to the backward pass.
-        # (FSDP gathers layer by layer instead.)
-        copies = 0.0 if compute_bytes >= each.weight or config.enable_fsdp else compute_bytes * base[0]
-        weights = each.weight * frozen + copies
-        trained = on_card * (sum(base) - frozen)
-    targets = _targets(config, shape)
-    layer = LAYERS[kind](shape, targets, config.lora_config.r, quantization, compute_bytes)
-    gathered = 0.0
-    if shards > 1:
-        # Embedding and head are gathered together, and of the layers one and the next; gradients are whole in the
-        # compute dtype and in fp32 until they are shared out. (Two H100: 4.0 GB, here 4.1.)
-        whole = shape.other_weights + shape.layer_weights
-        gathered = compute_bytes * (whole + shape.layer_weights)
-        gathered += 0.0 if config.use_peft else (compute_bytes + 4) * whole
-    tokens, kept = micro_batch.token_budget, min(micro_batch.kept_layers, here)
-    in_transit = min(1, micro_batch.offloads(here - kept))  # the last offloaded layer's, when the forward pass ends
-    activations = micro_batch.rows * tokens * ((kept + in_transit) * layer.kept + (here - kept) * layer.recomputed)
+        weights = each.weight * frozen
+        trained = sum(base) - frozen
+    layer = LAYERS[kind](config, shape, compute_bytes)
+    gathered = in_transit = 0.0
+    if config.enable_fsdp:
+        # Embedding and head lie gathered all the time, and of the layers one and the next. Gradients are whole as the
+        # backward pass makes them and in fp32: a layer's beside both, or the others' when no layer is left.
+        layers = 2 * stored * shape.layer_weights
+        gathered = stored_others * shape.other_weights + layers
+        if not config.use_peft:
+            of_others = (each.gradient + 4) * shape.other_weights - layers
+            in_transit = max((compute_bytes + 4) * shape.layer_weights, of_others)
+    rows, tokens, kept = micro_batch.rows, micro_batch.token_budget, min(micro_batch.kept_layers, here)
+    in_transfer = min(1, micro_batch.offloads(here - kept))  # the last offloaded layer's, when the forward pass ends
+    activations = rows * tokens * ((kept + in_transfer) * layer.kept + (here - kept) * layer.recomputed)
     temporary = tokens * layer.temporary + layer.weights + gathered
     if kept < here:
         # Layers that recompute come last in the backward pass, when those that kept theirs have let go of them.
         again = temporary + tokens * layer.kept - tokens * kept * layer.kept
         temporary = max(temporary if kept else 0.0, again)
-    # The last norm's fp32 copy, its output, the labelled rows and their gradient; logits of a chunk twice in fp32.
-    logits = micro_batch.rows * tokens * shape.hidden * (4 + 3 * compute_bytes) + 2 * 4.0 * CHUNK * shape.vocabulary
+    # The last norm's fp32 copy, its output, the labelled rows and their gradient; logits of a chunk twice in fp32; the
+    # gradient of the head, and its copy.
+    logits = rows * tokens * shape.hidden * (4 + 3 * compute_bytes) + 2 * 4.0 * CHUNK * shape.vocabulary + gathered
+    if not config.use_peft:
+        logits += (4 + (compute_bytes if compute_bytes < each.weight else 0)) * shape.head_weights
+    unmade = 0.0 if step > rows * tokens else each.gradient * trained / shards
+    weights, trained = weights / shards, on_card * trained / shards
     if config.enable_fsdp and config.fsdp_config.fsdp_cpu_offload:
-        weights = trained = 0.0  # they lie in host memory
-    return Estimate(weights / shards, trained / shards, activations, temporary, logits)
+        weights = trained = unmade = 0.0  # they lie in host memory
+    return Estimate(weights, trained, activations + copied * base[0], temporary, logits, unmade, in_transit)
 
 
 def trained_parameters(config: TrainingConfig, shape: Shape) -> int:
@@ -324,4 +342,5 @@ def estimate_of_run(trainer: "Trainer") -> Estimate:
         trainer.micro_batch,
         cards=len(trainer.world.devices),
         shards=sharding_group_size(config.fsdp_config, trainer.world.size) if config.enable_fsdp else 1,
+        step=trainer.largest_step,
     )

@@ -100,11 +100,14 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     )
     tokens_per_epoch = sum(map(len, data.training))
     tokens = round(tokens_per_epoch * schedule.total_steps / schedule.steps_per_epoch)
-    is_fused = not why_not(config, folder.config, device, precision.compute)
-    kind = kind_of(is_fused, should_compile(config.torch_compile, device, tokens))
+    is_compiled = should_compile(config.torch_compile, device, tokens)
     available = _memory_available(config, device, cards)
     longest = max(map(len, [*data.training, *data.held_out]))
-    largest_step = math.ceil(1.02 * schedule.largest_step([len(example) for example in data.training]))
+    # Processes do not share a step out quite evenly.
+    largest_step = math.ceil(1.02 * schedule.largest_step([len(example) for example in data.training]) / processes)
+
+    def kind(variant: TrainingConfig) -> Kind:
+        return kind_of(not why_not(variant, folder.config, device, precision.compute), is_compiled)
 
     def fit(variant: TrainingConfig) -> tuple[Estimate, int, bool]:
         """The fastest setting that fits (or the most frugal one), its tokens a micro-batch, and whether it fits."""
@@ -117,8 +120,10 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
                 for kept in range(shape.layers, -1, -1)
                 for budget in budgets
             ]
-        size = precision.compute.itemsize
-        found = [(estimate(variant, shape, size, kind, each, cards, processes), each) for each in tried]
+        size, of_layers = precision.compute.itemsize, kind(variant)
+        found = [
+            (estimate(variant, shape, size, of_layers, each, cards, processes, largest_step), each) for each in tried
+        ]
         fitting = [candidate for candidate in found if candidate[0].needed <= available]
         parts, best = max(
             fitting, key=lambda c: relative_speed(c[1].kept_layers / shape.layers, c[1].token_budget), default=found[-1]
@@ -135,6 +140,8 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
         print(_("               (on the fullest of {cards} cards)", cards=cards))
     print(_("    weights     {size}", size=_gb(parts.weights)))
     print(_("    trained     {size}  (weights, gradients, optimizer)", size=_gb(parts.trained)))
+    if parts.unmade and not config.use_peft:
+        print(_("                ({size} of gradients come only while activations go)", size=_gb(parts.unmade).strip()))
     print(_("    activations {size}  (rows of {tokens} tokens)", size=_gb(parts.activations), tokens=budget))
     print(_("    temporary   {size}  (one layer's backward pass)", size=_gb(parts.temporary)))
     print(_("    logits      {size}  (before that: the larger of the two counts)", size=_gb(parts.logits)))
@@ -150,7 +157,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     needed = trained_parameters(config, shape) * (stored * (config.keep_checkpoints + 1) + each.weight)
     free = shutil.disk_usage(_existing(Path(config.output_dir))).free
     print(_("  disk         {needed} of {free} free", needed=_gb(needed), free=_gb(free)))
-    rate = _matmul_flops(device, precision.compute) * SHARE_OF_MATMUL[kind]
+    rate = _matmul_flops(device, precision.compute) * SHARE_OF_MATMUL[kind(config)]
     flops = (4 if config.use_peft else 6) * (shape.decoder_weights + shape.head_weights)
     print(_("  time         about {time}", time=duration(tokens * flops / rate / processes)))
     print(_("What fits in {available}:", available=_gb(available)))

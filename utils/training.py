@@ -120,7 +120,7 @@ class Trainer:
         kept_counts = range(layers + 1) if recompute is None else [0 if recompute else layers]
         # Processes do not share a step out quite evenly.
         step = self.schedule.largest_step([len(example) for example in self.training])
-        largest_step = math.ceil(1.02 * step / self.world.size)
+        self.largest_step = largest_step = math.ceil(1.02 * step / self.world.size)
         mean_step = min(math.ceil(mean_length * self.schedule.global_batch_size / self.world.size), largest_step)
         trials = Trials(
             self.config,
