@@ -243,42 +243,14 @@ def estimate(
         shards: processes that share weights, gradients and optimizer out (FSDP; see sharding_group_size).
         step: the process's tokens of a step: whether its gradients are there from an earlier micro-batch.
     """
-    here = math.ceil(shape.layers / cards)
-    others = shape.other_weights if cards == 1 else shape.head_weights
-    base = here * shape.layer_weights, others
-    each = BytesEach.of(config)
-    on_card = each.weight + each.gradient + (0.0 if config.optimizer.startswith("paged") else each.optimizer)
-    if config.use_peft:
-        stored = {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}.get(config.quantization or "", compute_bytes)
-        stored_others, copied = compute_bytes, 0
-        weights = stored * base[0] + stored_others * base[1]
-        trained = adapter_parameters(config, shape) * here / shape.layers
-    else:
-        # Of wider weights autocast keeps a copy in the compute dtype from the forward to the backward pass. FSDP
-        # gathers the layers' in that dtype instead, and the others as they are.
-        copied = compute_bytes if compute_bytes < each.weight and not config.enable_fsdp else 0
-        stored, stored_others = compute_bytes if config.enable_fsdp else each.weight, each.weight
-        frozen_layers = config.num_freeze_layers if config.freeze_layers else 0
-        frozen = max(0, frozen_layers - (shape.layers - here)) * shape.layer_weights
-        if config.freeze_layers and cards == 1:
-            frozen += shape.head_weights  # the embedding
-        weights = each.weight * frozen
-        trained = sum(base) - frozen
-    layer = LAYERS[kind](config, shape, compute_bytes)
-    gathered = in_transit = 0.0
-    if config.enable_fsdp:
-        # Embedding and head lie gathered all the time, and of the layers one and the next. Gradients are whole as the
-        # backward pass makes them and in fp32: a layer's beside both, or the others' when no layer is left.
-        layers = 2 * stored * shape.layer_weights
-        gathered = stored_others * shape.other_weights + layers
-        if not config.use_peft:
-            of_others = (each.gradient + 4) * shape.other_weights - layers
-            in_transit = max((compute_bytes + 4) * shape.layer_weights, of_others)
-    rows, tokens, kept = micro_batch.rows, micro_batch.token_budget, min(micro_batch.kept_layers, here)
-    in_transfer = min(1, micro_batch.offloads(here - kept))  # the last offloaded layer's, when the forward pass ends
-    activations = rows * tokens * ((kept + in_transfer) * layer.kept + (here - kept) * layer.recomputed)
+    weights, trained, layers, copies = _held(config, shape, compute_bytes, cards)
+    gathered, in_transit = _in_passing(config, shape, compute_bytes) if config.enable_fsdp else (0.0, 0.0)
+    each, layer = BytesEach.of(config), LAYERS[kind](config, shape, compute_bytes)
+    rows, tokens, kept = micro_batch.rows, micro_batch.token_budget, min(micro_batch.kept_layers, layers)
+    in_transfer = min(1, micro_batch.offloads(layers - kept))  # the last offloaded layer's, when the forward pass ends
+    activations = rows * tokens * ((kept + in_transfer) * layer.kept + (layers - kept) * layer.recomputed)
     temporary = tokens * layer.temporary + layer.weights + gathered
-    if kept < here:
+    if kept < layers:
         # Layers that recompute come last in the backward pass, when those that kept theirs have let go of them.
         again = temporary + tokens * layer.kept - tokens * kept * layer.kept
         temporary = max(temporary if kept else 0.0, again)
@@ -287,11 +259,50 @@ def estimate(
     logits = rows * tokens * shape.hidden * (4 + 3 * compute_bytes) + 2 * 4.0 * CHUNK * shape.vocabulary + gathered
     if not config.use_peft:
         logits += (4 + (compute_bytes if compute_bytes < each.weight else 0)) * shape.head_weights
-    unmade = 0.0 if step > rows * tokens else each.gradient * trained / shards
-    weights, trained = weights / shards, on_card * trained / shards
+    on_card = each.weight + each.gradient + (0.0 if config.optimizer.startswith("paged") else each.optimizer)
+    trained /= shards
+    unmade = 0.0 if step > rows * tokens else each.gradient * trained
     if config.enable_fsdp and config.fsdp_config.fsdp_cpu_offload:
         weights = trained = unmade = 0.0  # they lie in host memory
-    return Estimate(weights, trained, activations + copied * base[0], temporary, logits, unmade, in_transit)
+    return Estimate(weights / shards, on_card * trained, activations + copies, temporary, logits, unmade, in_transit)
+
+
+def _stored(config: TrainingConfig, compute_bytes: int) -> float:
+    """Bytes of a frozen base's weight in a linear layer of the decoder."""
+    return {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}.get(config.quantization or "", float(compute_bytes))
+
+
+def _held(config: TrainingConfig, shape: Shape, compute_bytes: int, cards: int) -> tuple[float, float, int, float]:
+    """What the last of a process's cards holds, shared out with nobody: bytes of frozen weights, trained parameters,
+    layers with a backward pass, and bytes of copies from the forward to the backward pass."""
+    here = math.ceil(shape.layers / cards)
+    others = shape.other_weights if cards == 1 else shape.head_weights
+    if config.use_peft:
+        weights = _stored(config, compute_bytes) * here * shape.layer_weights + compute_bytes * others
+        return weights, adapter_parameters(config, shape) * here / shape.layers, here, 0.0
+    frozen_layers = max(0, config.num_freeze_layers - (shape.layers - here)) if config.freeze_layers else 0
+    frozen, layers = frozen_layers * shape.layer_weights, here - frozen_layers
+    if config.freeze_layers and cards == 1:
+        frozen += shape.head_weights  # the embedding
+    # Of wider weights autocast keeps copies in the compute dtype. (FSDP gathers the layers' in that dtype instead.)
+    weight = BytesEach.of(config).weight
+    copied = compute_bytes if compute_bytes < weight and not config.enable_fsdp else 0
+    trained = here * shape.layer_weights + others - frozen
+    return weight * frozen, trained, layers, copied * layers * shape.layer_weights
+
+
+def _in_passing(config: TrainingConfig, shape: Shape, compute_bytes: int) -> tuple[float, float]:
+    """Bytes of weights that FSDP has gathered, and of gradients that it is about to share out.
+
+    Embedding and head lie gathered all the time, as they are stored, and of the layers one and the next. Gradients are
+    whole as the backward pass makes them and in fp32: a layer's, or the others' when no layer is left.
+    """
+    each = BytesEach.of(config)
+    layers = 2 * _stored(config, compute_bytes) * shape.layer_weights
+    if config.use_peft:
+        return compute_bytes * shape.other_weights + layers, 0.0
+    of_others = (each.gradient + 4) * shape.other_weights - layers
+    return each.weight * shape.other_weights + layers, max((compute_bytes + 4) * shape.layer_weights, of_others)
 
 
 def trained_parameters(config: TrainingConfig, shape: Shape) -> int:

@@ -200,6 +200,13 @@ def test_estimates_of_plain_layers_are_near_what_h100s_needed(config, tokens, sh
     assert found.peak / 1e9 == pytest.approx(measured, rel=0.07)
 
 
+def test_frozen_layers_keep_nothing():
+    some = replace(FULL, freeze_layers=True, num_freeze_layers=24)
+    all_layers, eight = (estimate(config, LLAMA_7B, 2, "plain", MicroBatch(4000, 32)) for config in (FULL, some))
+    assert eight.activations == all_layers.activations / 4
+    assert eight.weights == 4 * (24 * LLAMA_7B.layer_weights + 32000 * 4096)
+
+
 def test_gradients_of_an_earlier_micro_batch_are_there():
     one, two = (estimate(FULL, LLAMA_7B, 2, "plain", MicroBatch(4000, 32), step=step) for step in (4000, 8000))
     assert one.unmade == 4 * trained_parameters(FULL, LLAMA_7B)
