@@ -119,24 +119,7 @@ def packed_attention(
     if segments is not None and past_length == 0 and has_varlen(query.device, query.dtype):
         return _varlen(query, key, value, segments, scaling), None
 
-    def of_each_segment(states: torch.Tensor) -> list[torch.Tensor]:
-        # Slices instead of a split would each have a gradient as long as the row.
-        before, *own = states.split([past_length, *segments.lengths], dim=2)
-        return [torch.cat((before, part), dim=2) for part in own] if past_length else own
-
-    parts = [(query, key, value)]
-    if segments is not None:
-        parts = zip(query.split(segments.lengths, dim=2), of_each_segment(key), of_each_segment(value), strict=True)
-    outputs = []
-    for q, k, v in parts:
-        length, mask = q.shape[2], None
-        if past_length and length > 1:
-            mask = torch.ones(length, past_length + length, dtype=torch.bool, device=q.device).tril(past_length)
-        is_causal, grouped = past_length == 0 and length > 1, q.shape[1] != k.shape[1]
-        outputs.append(
-            scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scaling, enable_gqa=grouped)
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return _one_by_one(query, key, value, segments, scaling, past_length).transpose(1, 2), None
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
@@ -179,7 +162,7 @@ def attention_forward(
         [heads, length], where flash attention is used.
     """
     if not has_varlen(query.device, query.dtype):
-        return _one_by_one(query, key, value, cumulative, scale), query.new_empty(0, query.shape[0])
+        return _rows_one_by_one(query, key, value, cumulative, scale), query.new_empty(0, query.shape[0])
     # torch's own operator beneath varlen_attn, which costs a tenth of a millisecond of Python a call.
     output, log_sum_exp, *_unused = torch.ops.aten._flash_attention_forward(
         query, key, value, cumulative, cumulative, longest, longest, 0.0, True, False, scale=scale
@@ -220,18 +203,49 @@ def attention_backward(
         )
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        return torch.autograd.grad(_one_by_one(*inputs, cumulative, scale), inputs, grad_output)
+        return torch.autograd.grad(_rows_one_by_one(*inputs, cumulative, scale), inputs, grad_output)
 
 
-def _one_by_one(
+def _rows_one_by_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cumulative: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    lengths = cumulative.diff().tolist()
+    segments = Segments(cumulative.diff().tolist(), cumulative, 0)
+    return _one_by_one(*(x.transpose(0, 1) for x in (query, key, value)), segments, scale).transpose(0, 1)
+
+
+@torch.compiler.disable  # each number of segments would be code of its own
+def _one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments | None,
+    scale: float | None,
+    past_length: int = 0,
+) -> torch.Tensor:
+    """Causal attention within each segment, after `past_length` positions that all of them see.
+
+    Args:
+        query: [..., heads, length, head_dim]; key and value have kv_heads in place of heads, and past_length more.
+    """
+    lengths = segments.lengths if segments is not None else [query.shape[-2]]
+
+    def of_each(states: torch.Tensor) -> Sequence[torch.Tensor]:
+        if len(lengths) == 1:
+            return [states]
+        # Slices instead of a split would each have a gradient as long as the row.
+        past, *own = states.split([past_length, *lengths], dim=-2)
+        return [torch.cat((past, part), dim=-2) for part in own] if past_length else own
+
     outputs = []
-    for q, k, v in zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True):
-        gqa = q.shape[0] != k.shape[0]
-        outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa))
-    return torch.cat(outputs, dim=1).transpose(0, 1)
+    for q, k, v in zip(query.split(lengths, dim=-2), of_each(key), of_each(value), strict=True):
+        length, mask = q.shape[-2], None
+        if past_length and length > 1:
+            mask = torch.ones(length, past_length + length, dtype=torch.bool, device=q.device).tril(past_length)
+        is_causal, grouped = past_length == 0 and length > 1, q.shape[-3] != k.shape[-3]
+        outputs.append(
+            scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+        )
+    return torch.cat(outputs, dim=-2)
 
 
 def register() -> None:

@@ -2,15 +2,21 @@
 
 import pytest
 import torch
+from conftest import made_up_examples
 from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn.functional import scaled_dot_product_attention
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
+from utils import attention
 from utils.activations import Kept
-from utils.adapters import add_adapter
+from utils.adapters import add_adapter, prepare_full
 from utils.attention import Segments
 from utils.llama import causal_lm, forward_hidden, load_base_model, run_plain
 from utils.model_folder import ModelFolder
+from utils.packing import pack
+from utils.response_loss import ResponseLoss
 
 CPU = torch.device("cpu")
 
@@ -51,6 +57,42 @@ def test_an_input_without_a_gradient_makes_no_second_code():
     assert not run_plain(layer.requires_grad_(False), embedded, Kept()).requires_grad
 
 
+def compile_without_kernels(model: nn.Module) -> None:
+    """As compile_layers, but for the code that is made in the end."""
+    torch._dynamo.reset()
+    for layer in causal_lm(model).model.layers:
+        layer.compile(dynamic=True, backend="aot_eager_decomp_partition")
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about torch
+@pytest.mark.parametrize("has_varlen", [False, True])
+def test_rows_of_any_number_of_examples_share_their_code(tiny_model, monkeypatch, has_varlen):
+    """Full fine-tuning in bf16 over fp32 weights, with and without a kernel for all examples at once."""
+
+    def varlen(query, key, value, segments, scaling):
+        length = query.shape[2]
+        number = torch.searchsorted(segments.cumulative, torch.arange(length, dtype=torch.int32), right=True)
+        mask = (number[:, None] == number).tril()
+        return scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2)
+
+    base = load_base_model(ModelFolder(tiny_model), torch.float32, [CPU])
+    losses = ResponseLoss(base, torch.bfloat16), ResponseLoss(prepare_full(base, TrainingConfig()), torch.bfloat16)
+    batches = [pack(made_up_examples()[:count], CPU, longest=40) for count in (2, 3, 5, 8, 7)]
+    plain = [losses[0](batch, 1.0).item() for batch in batches]
+    if has_varlen:
+        monkeypatch.setattr(attention, "_varlen", varlen)
+        monkeypatch.setattr(attention, "has_varlen", lambda _device, dtype: dtype == torch.bfloat16)
+    compile_without_kernels(losses[1].model)
+    counters.clear()
+    assert losses[1](batches[0], 1.0).item() == pytest.approx(plain[0], rel=0.01)
+    graphs = counters["stats"]["unique_graphs"]
+    assert (graphs == 1) == has_varlen
+    for batch, expected in zip(batches[1:], plain[1:], strict=True):
+        assert losses[1](batch, 1.0).item() == pytest.approx(expected, rel=0.01)
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch, about torch
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_dequantised_weights_are_not_kept_for_the_backward_pass(tiny_model, quantization):
@@ -58,9 +100,7 @@ def test_dequantised_weights_are_not_kept_for_the_backward_pass(tiny_model, quan
     lora = LoraConfig(target_modules=["all-linear"])
     base = load_base_model(ModelFolder(tiny_model), torch.float32, [CPU], quantization)
     model = add_adapter(base, TrainingConfig(use_peft=True, lora_config=lora))
-    torch._dynamo.reset()
-    for layer in causal_lm(model).model.layers:
-        layer.compile(dynamic=True, backend="aot_eager_decomp_partition")
+    compile_without_kernels(model)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         hidden = forward_hidden(model, torch.arange(3, 33), torch.arange(30), Segments.of([30], CPU))
