@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
     folder = ModelFolder(config.model_name)
     tokenizer, template = Tokenizer(folder.path), PromptTemplate()
     folder.check_vocabulary(tokenizer.vocab_size)
+    folder.check_frozen_layers(config.num_freeze_layers if config.freeze_layers else 0)
     quiet_libraries()
     if config.preview:
         preview(config, tokenizer, template)
@@ -98,6 +99,7 @@ def fine_tune(
         config.resume = "auto"  # --resume was about the first start
     say(_("Reading {file} …", file=config.alpaca_dataset.data_path))
     data = load_data(config, tokenizer, template, say)
+    folder.check_length(data.longest)
     fingerprints = {
         "data": data.fingerprint(),
         "base_model": folder.fingerprint(),
@@ -116,7 +118,7 @@ def fine_tune(
     check_optimizer(config, world.device)
     fast = not why_not(config, folder.config, world.device, precision.compute)
     check_ranks_agree({"compute dtype": str(precision.compute), "fast layers": fast})
-    report.note_on_cards(config, folder, world, precision, max(map(len, data.training)), say)
+    report.note_on_cards(config, folder, world, precision, data.longest, say)
     say(_("Loading {folder} …", folder=folder.path))
     module = load_trainable(config, world, folder, precision)
 

@@ -58,8 +58,11 @@ class Engine:
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, template: PromptTemplate) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        prefix = learnt_prefix(model)
-        self.context = causal_lm(model).config.max_position_embeddings - (prefix.length if prefix else 0)
+        prefix, config = learnt_prefix(model), causal_lm(model).config
+        # Attention over more than a sliding window (Mistral's first version) is not computed here.
+        window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+        positions = min(config.max_position_embeddings, window)
+        self.context = positions - (prefix.length if prefix else 0)
         self.device = causal_lm(model).get_input_embeddings().weight.device
 
     def encode_chat(self, prompt: str, history: Sequence[Turn] = ()) -> list[int]:

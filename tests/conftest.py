@@ -65,28 +65,38 @@ def train_sentencepiece(folder: Path) -> None:
 
 
 def make_model(
-    folder: Path, *, layers: int = 2, seed: int = 0, kv_heads: int = 4, dtype: str = "float32", **more
+    folder: Path,
+    *,
+    layers: int = 2,
+    seed: int = 0,
+    kv_heads: int = 4,
+    dtype: str = "float32",
+    family: str = "llama",
+    head_dim: int = 16,
+    **more,
 ) -> Path:
-    """A small random Llama with its tokenizer, as a hub repository would hold it."""
+    """A small random model of Llama's kind with its tokenizer, as a hub repository would hold it."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=600,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         max_position_embeddings=512,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
         **more,
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # random, but with enough contrast that greedy answers differ from prompt to prompt
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -122,6 +132,19 @@ def grouped_model(tmp_path_factory) -> Path:
         tie_word_embeddings=True,
         attention_bias=True,
     )
+
+
+@pytest.fixture(scope="session")
+def mistral_model(tmp_path_factory) -> Path:
+    """As tiny_model, of Mistral's family."""
+    folder = tmp_path_factory.mktemp("models") / "mistral"
+    return make_model(folder, seed=2, kv_heads=2, family="mistral", sliding_window=None)
+
+
+@pytest.fixture(scope="session")
+def qwen3_model(tmp_path_factory) -> Path:
+    """As tiny_model, of Qwen3's family: heads are wider than their share, and normalised."""
+    return make_model(tmp_path_factory.mktemp("models") / "qwen3", seed=3, kv_heads=2, family="qwen3", head_dim=32)
 
 
 @pytest.fixture(scope="session")

@@ -136,19 +136,10 @@ def _check_modules_to_save(model: nn.Module, names: list[str]) -> None:
 
 def prepare_full(model: nn.Module, config: TrainingConfig) -> nn.Module:
     """Make all weights trainable, but for the layers that --freeze_layers keeps."""
-    layers = model.model.layers
-    if config.freeze_layers and config.num_freeze_layers >= len(layers):
-        raise UserError(
-            _(
-                "--num_freeze_layers {count}: the model has {layers} layers, so nothing would be left to train.",
-                count=config.num_freeze_layers,
-                layers=len(layers),
-            )
-        )
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     if config.freeze_layers:
-        for module in [model.get_input_embeddings(), *layers[: config.num_freeze_layers]]:
+        for module in [model.get_input_embeddings(), *model.model.layers[: config.num_freeze_layers]]:
             module.requires_grad_(False)
     return model
 

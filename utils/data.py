@@ -17,6 +17,11 @@ class Data:
     training: list[Example]
     held_out: list[Example]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(map(len, [*self.training, *self.held_out]))
+
     def fingerprint(self) -> str:
         """A hash over the training examples' tokens and labels, in order."""
         digest = hashlib.sha256()

@@ -136,6 +136,43 @@ class ModelFolder:
                 )
             )
 
+    def check_frozen_layers(self, count: int) -> None:
+        """Refuse to keep so many of the first layers as they are.
+
+        Raises:
+            UserError: that would be all of them.
+        """
+        layers = self.config["num_hidden_layers"]
+        if count >= layers:
+            raise UserError(
+                _(
+                    "--num_freeze_layers {count}: the model has {layers} layers, so nothing would be left to train.",
+                    count=count,
+                    layers=layers,
+                )
+            )
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse examples of so many tokens.
+
+        Raises:
+            UserError: the model was trained with attention that reaches back less far (Mistral's sliding window), which
+                is not computed here.
+        """
+        # What transformers takes for given where config.json says nothing.
+        is_mistral = self.config["model_type"] == "mistral"
+        window = self.config.get("sliding_window", 4096 if is_mistral else None)
+        if window and tokens > window and self.config.get("use_sliding_window", is_mistral):
+            raise UserError(
+                _(
+                    "{folder}: this model's attention reaches back {window} tokens (sliding_window), and the longest "
+                    "example has {tokens}. Train on shorter ones: --max_seq_length {window}",
+                    folder=self.path,
+                    window=window,
+                    tokens=tokens,
+                )
+            )
+
     def tensors(self) -> Iterator[tuple[str, Any]]:
         """Yield (name, tensor) of every weight, one at a time, on the CPU; nothing else stays in memory."""
         by_file: dict[Path, list[str]] = {}

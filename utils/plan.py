@@ -46,8 +46,7 @@ def check_memory(config: TrainingConfig, folder: ModelFolder, data: Data, world:
         total = min(torch.cuda.get_device_properties(device).total_memory for device in world.devices)
         limit = min(config.gpu_memory_gb * 1e9 or math.inf, total)
         compute_bytes = choose_precision(world.device, config).compute.itemsize
-        longest = max(map(len, [*data.training, *data.held_out]))
-        refuse_too_little(config, Shape.of(folder.config), compute_bytes, longest, limit, world)
+        refuse_too_little(config, Shape.of(folder.config), compute_bytes, data.longest, limit, world)
 
 
 def refuse_too_little(
@@ -88,7 +87,12 @@ def variants(config: TrainingConfig) -> list[tuple[str, TrainingConfig]]:
 
 
 def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
-    """Print the plan of a run with these settings on this machine: one process, or with FSDP one for each card."""
+    """Print the plan of a run with these settings on this machine: one process, or with FSDP one for each card.
+
+    Raises:
+        UserError: no such run can be (see check_length, check_optimizer).
+    """
+    folder.check_length(data.longest)
     shape = Shape.of(folder.config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     visible = torch.cuda.device_count() if device.type == "cuda" and not config.one_gpu else 1
@@ -102,7 +106,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     tokens = round(tokens_per_epoch * schedule.total_steps / schedule.steps_per_epoch)
     is_compiled = should_compile(config.torch_compile, device, tokens)
     available = _memory_available(config, device, cards)
-    longest = max(map(len, [*data.training, *data.held_out]))
+    longest = data.longest
     # Processes do not share a step out quite evenly.
     largest_step = math.ceil(1.02 * schedule.largest_step([len(example) for example in data.training]) / processes)
 

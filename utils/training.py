@@ -71,7 +71,7 @@ class Trainer:
         self.config, self.world, self.precision = config, world, precision
         self.training, self.held_out = data.training, data.held_out
         self.schedule, self.identity = start.schedule, start.identity
-        self.longest = max(map(len, [*data.training, *data.held_out]))
+        self.longest = data.longest
         self.loss_module, self.model = loss_module, loss_module.model
         self.parameters = trainable_parameters(self.model)
         self.optimizer = make_optimizer(self.parameters.values(), config)

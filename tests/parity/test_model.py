@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, project_logits
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.errors import UserError
 from ft_datasets.tokenizer import Tokenizer
@@ -15,7 +15,7 @@ from utils.llama import forward_hidden, load_base_model, logits
 from utils.model_folder import ModelFolder
 
 CPU = torch.device("cpu")
-FOLDERS = pytest.mark.parametrize("folder_name", ["tiny_model", "grouped_model"])
+FOLDERS = pytest.mark.parametrize("folder_name", ["tiny_model", "grouped_model", "mistral_model", "qwen3_model"])
 SEQUENCES = [
     [1, 300, 301, 302, 303, 2],
     [1, 420],
@@ -28,7 +28,7 @@ def load(folder: Path, **more):
 
 
 def reference_logits(folder: Path, input_ids: list[int]) -> torch.Tensor:
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         return model(torch.tensor([input_ids])).logits[0]
 
@@ -49,7 +49,7 @@ def test_logits_are_transformers_own(folder):
 
 @FOLDERS
 def test_weights_are_the_files_own(folder):
-    model, reference = load(folder), LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, reference = load(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours, theirs = model.state_dict(), reference.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -106,9 +106,9 @@ def test_token_by_token_through_the_cache_is_the_same_as_at_once(folder):
     torch.testing.assert_close(torch.cat(outputs), reference_logits(folder, SEQUENCES[2]), rtol=1e-4, atol=1e-4)
 
 
-def copy_without_weights(folder: Path, target: Path) -> LlamaForCausalLM:
+def copy_without_weights(folder: Path, target: Path) -> PreTrainedModel:
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
-    return LlamaForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 @FOLDERS
@@ -157,7 +157,7 @@ def test_a_weight_of_another_shape_is_refused_by_its_name(tiny_model, tmp_path):
 def test_a_quantised_model_is_transformers_own_over_rounded_weights(folder, quantization):
     from utils.quantization import rounded_weight
 
-    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     for module in reference.model.layers.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data = rounded_weight(module.weight.data, quantization)

@@ -166,3 +166,33 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny_model):
     folder.check_vocabulary(600)
     with pytest.raises(UserError, match="601 tokens, the model 600"):
         folder.check_vocabulary(601)
+
+
+def test_to_freeze_all_layers_is_refused(tiny_model):
+    folder = ModelFolder(tiny_model)
+    folder.check_frozen_layers(1)
+    with pytest.raises(UserError, match="--num_freeze_layers 2: the model has 2 layers"):
+        folder.check_frozen_layers(2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "window"),
+    [
+        ({"model_type": "llama"}, 0),
+        ({"model_type": "mistral"}, 4096),
+        ({"model_type": "mistral", "sliding_window": None}, 0),
+        ({"model_type": "mistral", "sliding_window": 300}, 300),
+        ({"model_type": "qwen2", "sliding_window": 300, "use_sliding_window": False}, 0),
+        ({"model_type": "qwen2", "sliding_window": 300, "use_sliding_window": True}, 300),
+        ({"model_type": "qwen3", "sliding_window": 300}, 0),
+    ],
+    ids=str,
+)
+def test_examples_longer_than_a_sliding_window_are_refused(folder, settings, window):
+    (folder / "config.json").write_text(json.dumps(settings))
+    if not window:
+        ModelFolder(folder).check_length(100_000)
+        return
+    ModelFolder(folder).check_length(window)
+    with pytest.raises(UserError, match=f"has {window + 1}.*--max_seq_length {window}"):
+        ModelFolder(folder).check_length(window + 1)
