@@ -23,13 +23,21 @@ Kind = Literal["plain", "compiled plain", "fused", "compiled fused"]
 """How layers are computed: by transformers' modules or by one hand-written function a layer, compiled or not."""
 WORKSPACES = 0.07e9
 """What cuBLAS takes from torch's allocator (the CUDA context lies outside of it)."""
+NORMED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+"""The linear layers of a decoder layer that read what a norm gives."""
 FRAGMENTATION = 0.04
 """Share of what comes and goes that the allocator holds in gaps."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a model's configuration that memory depends on; `query` and `key_value` are all heads' widths."""
+    """What of a model's configuration memory depends on.
+
+    Attributes:
+        query, key_value: all heads' widths together.
+        tied: embedding and head are one tensor.
+        head_norms: each head of queries and keys is normalised.
+    """
 
     layers: int
     hidden: int
@@ -39,6 +47,7 @@ class Shape:
     query: int
     key_value: int
     tied: bool
+    head_norms: bool
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Shape":
@@ -54,6 +63,7 @@ class Shape:
             head_dim * heads,
             head_dim * (config.get("num_key_value_heads") or heads),
             bool(config.get("tie_word_embeddings", False)),
+            config.get("model_type") == "qwen3",
         )
 
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -109,31 +119,32 @@ class LayerMemory:
 
 def plain(config: TrainingConfig, shape: Shape, compute_bytes: int) -> LayerMemory:
     """transformers' modules, as autograd keeps their tensors (a test counts them)."""
-    h, i, targets = shape.hidden, shape.intermediate, _targets(config, shape)
-    is_full = not config.use_peft
-    # Over trained fp32 weights the residual stream is fp32, and autocast makes each linear layer a copy of its own.
-    is_wide = is_full and BytesEach.of(config).weight > compute_bytes
-    norms = 2 * (4 + (0 if not is_full else 4 if is_wide else compute_bytes)) * h
-    attention = compute_bytes * 4 * shape.query + 4 * shape.heads  # all heads' queries, keys, values, outputs
-    mlp = compute_bytes * 3 * i  # gate, its activation, up
-    if is_full:
-        inputs = compute_bytes * ((5 if is_wide else 2) * h + i)
-    elif config.lora_config.lora_dropout:  # what is left of each input, and which
-        inputs = (compute_bytes + 1) * sum(shape.linears()[name][0] for name in targets)
+    h, i, c, names = shape.hidden, shape.intermediate, compute_bytes, _trained(config, shape)
+    trains_norms = any(name.endswith("norm") for name in names)
+    is_wide = _is_wide(config, shape, c)
+    # From an fp32 stream, or from norms in fp32, each linear layer has its input as a copy of its own.
+    is_copied = is_wide or (trains_norms and c < BytesEach.of(config).weight)
+    norms = 2 * (4 + (4 if is_wide else c) * trains_norms) * h
+    if shape.head_norms:
+        norms += (4 + c * trains_norms) * (shape.query + shape.key_value)
+    attention = c * 4 * shape.query + 4 * shape.heads  # all heads' queries, keys, values, outputs
+    mlp = c * 3 * i  # gate, its activation, up
+    if config.use_peft and config.lora_config.lora_dropout:  # what is left of each input, and which
+        inputs = (c + 1) * sum(width for name, (width, _out) in shape.linears().items() if name in names)
     else:
-        groups = (h, {"q_proj", "k_proj", "v_proj"}), (h, {"gate_proj", "up_proj"}), (i, {"down_proj"})
-        inputs = compute_bytes * sum(width for width, names in groups if names & {*targets})
-    narrow = compute_bytes * config.lora_config.r * len(targets)
+        readers = [sum(name in names for name in group) for group in NORMED]
+        inputs = c * h * sum(count if is_copied else min(count, 1) for count in readers) + c * i * (
+            "down_proj" in names
+        )
+    narrow = c * config.lora_config.r * len(_targets(config, shape))
     # Autograd lets go of what it has used, so little comes on top: a gradient as wide as the MLP, two of the stream.
-    temporary = i + 2 * h
+    temporary = c * (i + 2 * h)
     # A weight beside its B, or its gradient. NF4 comes out in the compute dtype before; int8 times its fp32 scale is
     # fp32 before it is rounded.
-    weights = {None: compute_bytes, "4bit": 2 * compute_bytes, "8bit": 4 + compute_bytes}[config.quantization]
+    weights = {None: c, "4bit": 2 * c, "8bit": 4 + c}[config.quantization]
+    largest = max(a * b for a, b in shape.linears().values())
     return LayerMemory(
-        norms + attention + mlp + inputs + narrow,
-        h * (4 if is_wide else compute_bytes),
-        temporary * compute_bytes,
-        weights * max(a * b for a, b in shape.linears().values()),
+        norms + attention + mlp + inputs + narrow, h * (4 if is_wide else c), temporary, weights * largest
     )
 
 
@@ -193,9 +204,10 @@ class Estimate:
         trained: weights, gradients and optimizer of what is trained.
         activations: what layers keep between the passes; in full fine-tuning their weights in the compute dtype, too.
         temporary: what a layer's backward pass needs beside them.
-        logits: what the loss needs beside them; it comes before `temporary`, so the larger of the two counts.
+        logits: what the end of the forward pass needs beside them; it comes before `temporary`, so the larger of the
+            two counts.
         unmade: of `trained`, gradients that come only while the activations go.
-        in_transit: gradients on their way to the processes that keep them, when the activations have gone.
+        last: what the end of the backward pass needs in the place of activations.
     """
 
     weights: float
@@ -204,13 +216,13 @@ class Estimate:
     temporary: float
     logits: float
     unmade: float
-    in_transit: float
+    last: float
 
     @property
     def peak(self) -> float:
         """The most that is allocated at a time."""
         between_the_passes = self.activations + max(self.temporary, self.logits) - self.unmade
-        return self.fixed + max(between_the_passes, self.temporary + self.in_transit) + WORKSPACES
+        return self.fixed + max(between_the_passes, self.last) + WORKSPACES
 
     @property
     def fixed(self) -> float:
@@ -231,7 +243,7 @@ def estimate(
     micro_batch: MicroBatch,
     cards: int = 1,
     shards: int = 1,
-    step: int = 0,
+    step: float = math.inf,
 ) -> Estimate:
     """Memory of one process.
 
@@ -241,30 +253,38 @@ def estimate(
         cards: over which the process lays the layers; the estimate is for the last, which has the head and the layers
             that keep most.
         shards: processes that share weights, gradients and optimizer out (FSDP; see sharding_group_size).
-        step: the process's tokens of a step: whether its gradients are there from an earlier micro-batch.
+        step: the process's tokens of a step: where they are one micro-batch, gradients come only while activations go.
     """
-    weights, trained, layers, copies = _held(config, shape, compute_bytes, cards)
+    weights, trained, layers, copy = _held(config, shape, compute_bytes, cards)
     gathered, in_transit = _in_passing(config, shape, compute_bytes) if config.enable_fsdp else (0.0, 0.0)
     each, layer = BytesEach.of(config), LAYERS[kind](config, shape, compute_bytes)
     rows, tokens, kept = micro_batch.rows, micro_batch.token_budget, min(micro_batch.kept_layers, layers)
     in_transfer = min(1, micro_batch.offloads(layers - kept))  # the last offloaded layer's, when the forward pass ends
     activations = rows * tokens * ((kept + in_transfer) * layer.kept + (layers - kept) * layer.recomputed)
     temporary = tokens * layer.temporary + layer.weights + gathered
-    if kept < layers:
-        # Layers that recompute come last in the backward pass, when those that kept theirs have let go of them.
-        again = temporary + tokens * layer.kept - tokens * kept * layer.kept
-        temporary = max(temporary if kept else 0.0, again)
-    # The last norm's fp32 copy, its output, the labelled rows and their gradient; logits of a chunk twice in fp32; the
-    # gradient of the head, and its copy.
-    logits = rows * tokens * shape.hidden * (4 + 3 * compute_bytes) + 2 * 4.0 * CHUNK * shape.vocabulary + gathered
-    if not config.use_peft:
-        logits += (4 + (compute_bytes if compute_bytes < each.weight else 0)) * shape.head_weights
+    # Layers that recompute come last in the backward pass, when those that kept theirs have let go of them.
+    again = tokens * layer.kept + copy if kept < layers else 0.0
+    # The last norm's input and output and what it keeps, the labelled rows and their gradient; logits of a chunk and
+    # their gradient, both also in fp32 (compiled, not at the same time); the gradient of the head, and its copy.
+    of_norm = 12 + 2 * compute_bytes if _is_wide(config, shape, compute_bytes) else 4 + 3 * compute_bytes
+    of_chunk = 8.0 if kind.startswith("compiled") else 8.0 + 2 * compute_bytes
+    logits = rows * tokens * shape.hidden * of_norm + of_chunk * CHUNK * shape.vocabulary + gathered
+    if "lm_head" in _trained(config, shape):
+        logits += (4 + compute_bytes * (compute_bytes < each.weight)) * shape.head_weights
     on_card = each.weight + each.gradient + (0.0 if config.optimizer.startswith("paged") else each.optimizer)
     trained /= shards
     unmade = 0.0 if step > rows * tokens else each.gradient * trained
     if config.enable_fsdp and config.fsdp_config.fsdp_cpu_offload:
         weights = trained = unmade = 0.0  # they lie in host memory
-    return Estimate(weights / shards, on_card * trained, activations + copies, temporary, logits, unmade, in_transit)
+    return Estimate(
+        weights / shards,
+        on_card * trained,
+        activations + copy * kept,
+        temporary if kept else temporary + again,
+        max(logits, copy * (layers - kept)),
+        unmade,
+        temporary + again + in_transit,
+    )
 
 
 def _stored(config: TrainingConfig, compute_bytes: int) -> float:
@@ -274,31 +294,33 @@ def _stored(config: TrainingConfig, compute_bytes: int) -> float:
 
 def _held(config: TrainingConfig, shape: Shape, compute_bytes: int, cards: int) -> tuple[float, float, int, float]:
     """What the last of a process's cards holds, shared out with nobody: bytes of frozen weights, trained parameters,
-    layers with a backward pass, and bytes of copies from the forward to the backward pass."""
+    layers with a backward pass, and bytes of each one's copy until then."""
     here = math.ceil(shape.layers / cards)
     others = shape.other_weights if cards == 1 else shape.head_weights
     if config.use_peft:
         weights = _stored(config, compute_bytes) * here * shape.layer_weights + compute_bytes * others
         return weights, adapter_parameters(config, shape) * here / shape.layers, here, 0.0
     frozen_layers = max(0, config.num_freeze_layers - (shape.layers - here)) if config.freeze_layers else 0
-    frozen, layers = frozen_layers * shape.layer_weights, here - frozen_layers
+    frozen = frozen_layers * shape.layer_weights
     if config.freeze_layers and cards == 1:
         frozen += shape.head_weights  # the embedding
-    # Of wider weights autocast keeps copies in the compute dtype. (FSDP gathers the layers' in that dtype instead.)
-    weight = BytesEach.of(config).weight
-    copied = compute_bytes if compute_bytes < weight and not config.enable_fsdp else 0
     trained = here * shape.layer_weights + others - frozen
-    return weight * frozen, trained, layers, copied * layers * shape.layer_weights
+    # Of wider weights autocast makes copies in the compute dtype. (FSDP gathers the layers' in that dtype instead.)
+    weight = BytesEach.of(config).weight
+    is_copied = compute_bytes < weight and not config.enable_fsdp
+    return weight * frozen, trained, here - frozen_layers, compute_bytes * is_copied * shape.layer_weights
 
 
 def _in_passing(config: TrainingConfig, shape: Shape, compute_bytes: int) -> tuple[float, float]:
     """Bytes of weights that FSDP has gathered, and of gradients that it is about to share out.
 
-    Embedding and head lie gathered all the time, as they are stored, and of the layers one and the next. Gradients are
-    whole as the backward pass makes them and in fp32: a layer's, or the others' when no layer is left.
+    Embedding and head lie gathered all the time, as they are stored, and of the layers one and the next, or all
+    (SHARD_GRAD_OP). Gradients are whole as the backward pass makes them and in fp32: a layer's, or the others' when no
+    layer is left.
     """
     each = BytesEach.of(config)
-    layers = 2 * _stored(config, compute_bytes) * shape.layer_weights
+    at_once = shape.layers if config.fsdp_config.sharding_strategy == "SHARD_GRAD_OP" else 2
+    layers = at_once * _stored(config, compute_bytes) * shape.layer_weights
     if config.use_peft:
         return compute_bytes * shape.other_weights + layers, 0.0
     of_others = (each.gradient + 4) * shape.other_weights - layers
@@ -333,6 +355,19 @@ def adapter_parameters(config: TrainingConfig, shape: Shape) -> int:
         "post_attention_layernorm": norm,
     }
     return lora + sum(whole.get(name, 0) for name in config.lora_config.modules_to_save)
+
+
+def _trained(config: TrainingConfig, shape: Shape) -> set[str]:
+    """Names of the modules that are trained (in layers that are not frozen), or have a LoRA."""
+    if config.use_peft:
+        whole = config.lora_config.modules_to_save if config.peft_method == "lora" else []
+        return {*_targets(config, shape), *whole}
+    return {*shape.linears(), "norm", "lm_head", "embed_tokens"}
+
+
+def _is_wide(config: TrainingConfig, shape: Shape, compute_bytes: int) -> bool:
+    """Whether the residual stream of the plain layers is fp32, as the embedding is that is trained."""
+    return compute_bytes < BytesEach.of(config).weight and "embed_tokens" in _trained(config, shape)
 
 
 def _targets(config: TrainingConfig, shape: Shape) -> list[str]:

@@ -244,8 +244,8 @@ def memory_line(trainer: "Trainer") -> str:
     parts = estimate_of_run(trainer)
     sizes = {name: f"{size / 1e9:.2f}" for name, size in asdict(parts).items()}
     return _(
-        "Memory: {actual} GB at most, {estimate} GB by the estimate (weights {weights}, trained {trained}, activations "
-        "{activations}, temporary {temporary}, logits {logits})",
+        "Memory: {actual} GB at most, {estimate} GB by the estimate (weights {weights}, trained {trained} less "
+        "{unmade} that come later, activations {activations}, temporary {temporary}, logits {logits})",
         actual=f"{peak_memory_gb(trainer.world):.2f}",
         estimate=f"{parts.peak / 1e9:.2f}",
         **sizes,

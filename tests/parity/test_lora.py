@@ -77,6 +77,7 @@ def test_in_fp32_outputs_and_gradients_are_pefts(grouped_model, quantization, ta
     check_equal((hidden, gradients), (expected, expected_gradients))
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, about torch
 def test_compiled_layers_give_the_same(grouped_model):
     model = adapted(grouped_model)
     set_b(model, 0.05)
