@@ -19,8 +19,9 @@ from utils.checkpoint import COPIED_AT_MOST
 from utils.compiling import should_compile
 from utils.data import Data
 from utils.distributed import World
-from utils.estimate import Estimate, Kind, Shape, estimate, kind_of, trained_parameters
+from utils.estimate import Estimate, estimate
 from utils.fused_layers import why_not
+from utils.layer_memory import Kind, kind_of
 from utils.memory import free_main_memory
 from utils.metrics import duration
 from utils.micro_batch import CPU_TOKENS, relative_speed, rows_together, token_budgets
@@ -29,6 +30,7 @@ from utils.optimization import BytesEach, check_optimizer
 from utils.packing import Schedule
 from utils.precision import choose_precision
 from utils.saving import SHARD_BYTES
+from utils.shape import Shape, trained_parameters
 from utils.sharding import sharding_group_size
 
 SHARE_OF_MATMUL: dict[Kind, float] = {"plain": 0.34, "compiled plain": 0.55, "fused": 0.34, "compiled fused": 0.62}

@@ -17,7 +17,7 @@ from utils.activations import MicroBatch
 from utils.adapters import read_training_config
 from utils.checkpoint import run_tensors, size_of
 from utils.distributed import World
-from utils.estimate import Shape, estimate, estimate_of_run
+from utils.estimate import estimate, estimate_of_run
 from utils.fused_layers import why_not
 from utils.llama import causal_lm
 from utils.memory import peak_memory_gb
@@ -26,6 +26,7 @@ from utils.model_folder import ModelFolder
 from utils.optimization import learning_rate
 from utils.precision import Precision
 from utils.run_folder import Start
+from utils.shape import Shape
 from utils.sharding import sharding_group_size
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from configs.peft import LoraConfig
 from ft_datasets.prompt import PromptTemplate
 from utils.adapters import load_adapter
 from utils.checkpoint import read_checkpoint
-from utils.estimate import Shape, adapter_parameters
 from utils.llama import load_base_model
 from utils.merging import merge
 from utils.model_folder import ModelFolder
+from utils.shape import Shape, adapter_parameters
 
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
 MODULES = ["embed_tokens", "lm_head", "norm"]
