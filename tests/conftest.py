@@ -73,6 +73,7 @@ def make_model(
     dtype: str = "float32",
     family: str = "llama",
     head_dim: int = 16,
+    random_norms: bool = False,
     **more,
 ) -> Path:
     """A small random model of Llama's kind with its tokenizer, as a hub repository would hold it."""
@@ -98,9 +99,11 @@ def make_model(
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # random, but with enough contrast that greedy answers differ from prompt to prompt
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 parameter.mul_(3)
+            elif "norm" in name and random_norms:
+                parameter.add_(0.2 * torch.randn_like(parameter))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     train_sentencepiece(folder)
     return folder
@@ -138,13 +141,14 @@ def grouped_model(tmp_path_factory) -> Path:
 def mistral_model(tmp_path_factory) -> Path:
     """As tiny_model, of Mistral's family."""
     folder = tmp_path_factory.mktemp("models") / "mistral"
-    return make_model(folder, seed=2, kv_heads=2, family="mistral", sliding_window=None)
+    return make_model(folder, seed=2, kv_heads=2, family="mistral", sliding_window=None, random_norms=True)
 
 
 @pytest.fixture(scope="session")
 def qwen3_model(tmp_path_factory) -> Path:
     """As tiny_model, of Qwen3's family: heads are wider than their share, and normalised."""
-    return make_model(tmp_path_factory.mktemp("models") / "qwen3", seed=3, kv_heads=2, family="qwen3", head_dim=32)
+    folder = tmp_path_factory.mktemp("models") / "qwen3"
+    return make_model(folder, seed=3, kv_heads=2, family="qwen3", head_dim=32, random_norms=True)
 
 
 @pytest.fixture(scope="session")

@@ -68,9 +68,11 @@ class Group(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """All tensors of a layer."""
+    """All tensors of a layer; the norms of each head's queries and keys are Qwen3's."""
 
     input_norm: torch.Tensor
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
     post_attention_norm: torch.Tensor
     query_key_value: Group
     output: Group
@@ -81,7 +83,8 @@ class LayerWeights(NamedTuple):
 class Saved(NamedTuple):
     """What the backward pass needs beside the layer's input; `narrow` are the groups' inputs times A.
 
-    `log_sum_exp` is [heads, length]; `narrow` are as wide as the groups' A are high.
+    `query` and `key` are as attention takes them, or, where they are normalised, as they were before. `log_sum_exp` is
+    [heads, length]; `narrow` are as wide as the groups' A are high.
     """
 
     query: torch.Tensor
@@ -116,8 +119,13 @@ def forward(
     normed = _rms_norm(hidden, weights.input_norm, shape.epsilon)
     outputs, narrow_qkv = _linear(normed, weights.query_key_value)
     query, key, value = (output.unflatten(1, (-1, shape.head_dim)) for output in outputs)
-    query, key = _rotate(query, row.cos, row.sin), _rotate(key, row.cos, row.sin)
-    attention, log_sum_exp = attention_forward(query, key, value, row.cumulative, row.longest, shape.softmax_scale)
+    placed_query = _place(query, weights.query_norm, row, shape)
+    placed_key = _place(key, weights.key_norm, row, shape)
+    attention, log_sum_exp = attention_forward(
+        placed_query, placed_key, value, row.cumulative, row.longest, shape.softmax_scale
+    )
+    if weights.query_norm is None:
+        query, key = placed_query, placed_key
     (attended,), narrow_output = _linear(attention.flatten(1), weights.output)
     middle = hidden + attended
     normed = _rms_norm(middle, weights.post_attention_norm, shape.epsilon)
@@ -156,10 +164,14 @@ def backward(
     grads_output = _adapter_gradients(
         (grad_middle,), grad_narrow, saved.attention.flatten(1), narrow_output, weights.output
     )
+    placed_query, placed_key = saved.query, saved.key
+    if weights.query_norm is not None:
+        placed_query = _place(saved.query, weights.query_norm, row, shape)
+        placed_key = _place(saved.key, weights.key_norm, row, shape)
     grad_query, grad_key, grad_value = attention_backward(
         grad_attention.view_as(saved.attention),
-        saved.query,
-        saved.key,
+        placed_query,
+        placed_key,
         saved.value,
         saved.attention,
         saved.log_sum_exp,
@@ -167,7 +179,8 @@ def backward(
         row.longest,
         shape.softmax_scale,
     )
-    grad_query, grad_key = _rotate(grad_query, row.cos, -row.sin), _rotate(grad_key, row.cos, -row.sin)
+    grad_query = _place_backward(grad_query, saved.query, weights.query_norm, row, shape)
+    grad_key = _place_backward(grad_key, saved.key, weights.key_norm, row, shape)
     grads_heads = tuple(grad.flatten(1) for grad in (grad_query, grad_key, grad_value))
     grad_normed, grad_narrow = _linear_backward(grads_heads, weights.query_key_value)
     normed = _rms_norm(hidden, weights.input_norm, shape.epsilon)
@@ -264,6 +277,19 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     wide, cos, sin = x.float(), cos[:, None].float(), sin[:, None].float()
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def _place(heads: torch.Tensor, norm: torch.Tensor | None, row: Row, shape: LayerShape) -> torch.Tensor:
+    """Queries or keys [length, heads, head_dim] as attention takes them."""
+    return _rotate(heads if norm is None else _rms_norm(heads, norm, shape.epsilon), row.cos, row.sin)
+
+
+def _place_backward(
+    grad: torch.Tensor, heads: torch.Tensor, norm: torch.Tensor | None, row: Row, shape: LayerShape
+) -> torch.Tensor:
+    """The gradient of what `_place` was given, where there is a norm: `heads`."""
+    grad = _rotate(grad, row.cos, -row.sin)
+    return grad if norm is None else _rms_norm_backward(grad, heads, norm, shape.epsilon)
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,9 @@ from utils.quantization import QuantizedLinear, as_stored
 
 ALIGNED = 8
 """The matrix library's fast kernels want rows of a multiple of so many numbers."""
-MODEL_TYPES = ("llama", "mistral", "qwen2")
-"""Families whose layers are: norm, q/k/v, rotation, attention, o, residual, norm, gate/up, SiLU, down, residual."""
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose layers are: norm, q/k/v, perhaps norms of q's and k's heads, rotation, attention, o, residual, norm,
+gate/up, SiLU, down, residual."""
 
 
 def why_not(config: TrainingConfig, model: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:
@@ -70,9 +71,13 @@ class FusedLayers:
                     (mlp.down_proj,),
                 )
             ]
-            self.weights[layer] = LayerWeights(
-                layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *groups
+            norms = (
+                layer.input_layernorm,
+                getattr(attention, "q_norm", None),
+                getattr(attention, "k_norm", None),
+                layer.post_attention_layernorm,
             )
+            self.weights[layer] = LayerWeights(*(norm.weight if norm else None for norm in norms), *groups)
         self.dtype = dtype
         first = layers[0]
         self.shape = LayerShape(

@@ -65,15 +65,17 @@ def check_equal(model, micro_batch=None):
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids="+".join)
-@pytest.mark.parametrize("folder_name", ["tiny_model", "grouped_model"])
+@pytest.mark.parametrize("folder_name", ["tiny_model", "grouped_model", "mistral_model", "qwen3_model"])
 def test_outputs_and_gradients_are_the_plain_layers(request, folder_name, targets):
     check_equal(adapted_model(request.getfixturevalue(folder_name), targets))
 
 
 @pytest.mark.parametrize("kept_layers", [0, 1])
 @pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
-def test_quantised_bases_and_recomputed_layers_too(grouped_model, quantization, kept_layers):
-    check_equal(adapted_model(grouped_model, ["all-linear"], quantization), MicroBatch(sum(LENGTHS), kept_layers))
+@pytest.mark.parametrize("folder_name", ["grouped_model", "qwen3_model"])
+def test_quantised_bases_and_recomputed_layers_too(request, folder_name, quantization, kept_layers):
+    model = adapted_model(request.getfixturevalue(folder_name), ["all-linear"], quantization)
+    check_equal(model, MicroBatch(sum(LENGTHS), kept_layers))
 
 
 @pytest.mark.parametrize(("kept_layers", "offload_every"), [(0, 1), (0, 2), (1, 1), (1, 2), (1, 3), (2, 4)])
