@@ -142,7 +142,7 @@ class ModelFolder:
         Raises:
             UserError: that would be all of them.
         """
-        layers = self.config["num_hidden_layers"]
+        layers = self.config.get("num_hidden_layers", 32)  # what transformers takes for given
         if count >= layers:
             raise UserError(
                 _(
@@ -159,7 +159,7 @@ class ModelFolder:
             UserError: the model was trained with attention that reaches back less far (Mistral's sliding window), which
                 is not computed here.
         """
-        # What transformers takes for given where config.json says nothing.
+        # Mistral's is 4,096 where config.json says nothing.
         is_mistral = self.config["model_type"] == "mistral"
         window = self.config.get("sliding_window", 4096 if is_mistral else None)
         if window and tokens > window and self.config.get("use_sliding_window", is_mistral):
