@@ -61,8 +61,7 @@ class Engine:
         prefix, config = learnt_prefix(model), causal_lm(model).config
         # Attention over more than a sliding window (Mistral's first version) is not computed here.
         window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-        positions = min(config.max_position_embeddings, window)
-        self.context = positions - (prefix.length if prefix else 0)
+        self.context = min(config.max_position_embeddings, window) - (prefix.length if prefix else 0)
         self.device = causal_lm(model).get_input_embeddings().weight.device
 
     def encode_chat(self, prompt: str, history: Sequence[Turn] = ()) -> list[int]:

@@ -34,23 +34,25 @@ class BackgroundRun:
 
     def tree(self) -> list[int]:
         """torchrun and all that descends from it; workers live in sessions of their own."""
-        return self._with_descendants(levels=9)
+        parents = self._parents()
+        found = [self.process.pid]
+        for pid in found:
+            found += [child for child, parent in parents.items() if parent == pid]
+        return found
 
     def workers(self) -> list[int]:
         """torchrun's own children, in the order of ranks."""
-        return self._with_descendants(levels=1)[1:]
+        return sorted(child for child, parent in self._parents().items() if parent == self.process.pid)
 
-    def _with_descendants(self, levels: int) -> list[int]:
+    @staticmethod
+    def _parents() -> dict[int, int]:
+        """Every process's parent."""
         parents = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
                     parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        found = youngest = [self.process.pid]
-        for _level in range(levels):
-            youngest = sorted(child for child, parent in parents.items() if parent in youngest)
-            found = found + youngest
-        return found
+        return parents
 
     def send(self, signum: int) -> list[int]:
         """Send a signal to every process of the run."""

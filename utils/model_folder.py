@@ -159,10 +159,11 @@ class ModelFolder:
             UserError: the model was trained with attention that reaches back less far (Mistral's sliding window), which
                 is not computed here.
         """
-        # Mistral's is 4,096 where config.json says nothing.
-        is_mistral = self.config["model_type"] == "mistral"
-        window = self.config.get("sliding_window", 4096 if is_mistral else None)
-        if window and tokens > window and self.config.get("use_sliding_window", is_mistral):
+        from transformers import AutoConfig
+
+        # transformers knows whether the setting is used, and what it is where config.json says nothing.
+        window = getattr(AutoConfig.from_pretrained(self.path), "sliding_window", None)
+        if window and tokens > window:
             raise UserError(
                 _(
                     "{folder}: this model's attention reaches back {window} tokens (sliding_window), and the longest "
