@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import ENVIRONMENT, ROOT
+from environment import ENVIRONMENT, ROOT
 
 NODES_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """What the README tells to set for several nodes; it changes nothing for one."""

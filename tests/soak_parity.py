@@ -15,9 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from conftest import make_model  # noqa: E402  needs the path above
+import environment  # noqa: E402, F401  before torch
 from runs_together import Case, Result, run_all  # noqa: E402
 from soak_resume import make_data  # noqa: E402
+from tiny_models import make_model  # noqa: E402  needs the path above
 
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 2e-4
 MIDDLE = 3

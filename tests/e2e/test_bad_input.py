@@ -13,8 +13,10 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, make_model, run_script, torchrun
+from command_runs import run_script, torchrun
+from environment import ENVIRONMENT, ROOT
 from safetensors.torch import load_file, save_file
+from tiny_models import make_model
 
 import api_stream
 import generate

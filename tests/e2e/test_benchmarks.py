@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import sentencepiece
-from conftest import ROOT
+from environment import ROOT
 
 from benchmarks import train
 from benchmarks.make_model import make_model, write_long_data

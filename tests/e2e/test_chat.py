@@ -13,7 +13,8 @@ import time
 import pytest
 import sentencepiece
 import torch
-from conftest import ENVIRONMENT, ROOT, run_script
+from command_runs import run_script
+from environment import ENVIRONMENT, ROOT
 from transformers import LlamaForCausalLM
 
 import generate

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import ROOT
 from downloads import assert_right, fetch
+from environment import ROOT
 from fake_hub import content
 from soak_download import FILES, LARGEST, OPTIONS, TOTAL
 

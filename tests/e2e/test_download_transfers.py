@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx2
 import huggingface_hub
 import pytest
-from conftest import ROOT
 from downloads import SEED, assert_right, fetch
+from environment import ROOT
 from fake_hub import BODY_FAULTS, content
 from soak_download import CHUNK, FILES, LARGEST, OPTIONS, TOTAL, run_all, run_ours
 

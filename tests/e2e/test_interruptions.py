@@ -6,9 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import (
-    ENVIRONMENT,
-    ROOT,
+from command_runs import (
     STEPS,
     assert_same_result,
     held_out_losses_of,
@@ -18,6 +16,7 @@ from conftest import (
     run_script,
     torchrun,
 )
+from environment import ENVIRONMENT, ROOT
 
 from utils.checkpoint import newest_whole
 

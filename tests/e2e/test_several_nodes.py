@@ -6,7 +6,7 @@ import signal
 import socket
 from pathlib import Path
 
-from conftest import assert_same_result, free_port, readme_flags
+from command_runs import assert_same_result, free_port, readme_flags
 
 
 def node_launcher(port: int) -> list[str]:

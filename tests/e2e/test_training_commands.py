@@ -4,19 +4,18 @@ import json
 
 import pytest
 import torch
-from conftest import (
+from command_runs import (
     STEPS,
     adapter_hash,
     held_out_losses_of,
     losses_of,
-    make_trainer,
     metrics_of,
     readme_flags,
     run_script,
     torchrun,
-    train,
 )
 from safetensors.torch import load_file
+from trainers import make_trainer, train
 
 
 def test_the_readmes_command_leaves_what_is_documented(finished, tiny_model, data_file):

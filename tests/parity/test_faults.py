@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_trainer, train
+from trainers import make_trainer, train
 
 import llama_finetuning
 from configs.errors import UserError

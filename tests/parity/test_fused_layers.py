@@ -3,7 +3,8 @@
 import peft
 import pytest
 import torch
-from conftest import make_model, make_trainer, project_logits, save_adapter, train
+from tiny_models import make_model
+from trainers import make_trainer, project_logits, save_adapter, train
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from configs.peft import LoraConfig

@@ -6,7 +6,7 @@ import warnings
 import peft
 import pytest
 import torch
-from conftest import make_trainer, project_logits, save_adapter, train
+from trainers import make_trainer, project_logits, save_adapter, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from configs.errors import UserError

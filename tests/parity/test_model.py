@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, project_logits
+from tiny_models import make_model
+from trainers import project_logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.errors import UserError

@@ -3,8 +3,8 @@
 import peft
 import pytest
 import torch
-from conftest import make_trainer, project_logits, save_adapter, train
 from safetensors.torch import load_file
+from trainers import make_trainer, project_logits, save_adapter, train
 from transformers import LlamaForCausalLM
 
 from configs.errors import UserError

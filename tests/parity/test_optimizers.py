@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_trainer, train
+from trainers import make_trainer, train
 
 from configs.errors import UserError
 from configs.training import TrainingConfig

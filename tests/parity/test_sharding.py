@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_trainer, run_script
+from command_runs import run_script
 from runs_together import Case, run_all
 from safetensors.torch import load_file, save_file
+from tiny_models import make_model
+from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
 from configs.errors import UserError
@@ -86,7 +88,7 @@ def measure_loading(config, world, folder) -> None:
 
 def note_dtypes(config, world, folder) -> None:
     """Note the dtypes of weights and gradients when computing in bf16, and the loss of the same model not sharded."""
-    from conftest import made_up_examples
+    from trainers import made_up_examples
 
     from utils.packing import pack
 
@@ -112,7 +114,7 @@ def note_dtypes(config, world, folder) -> None:
 
 def break_off(config, world, folder) -> None:
     """Run out of memory in a forward and in a backward pass; note whether the next gradients are the right ones."""
-    from conftest import made_up_examples
+    from trainers import made_up_examples
 
     from utils.packing import pack
 

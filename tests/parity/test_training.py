@@ -6,8 +6,8 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import make_trainer, project_logits, save_adapter, train
 from torch.nn.functional import cross_entropy
+from trainers import make_trainer, project_logits, save_adapter, train
 from transformers import LlamaForCausalLM
 
 from configs.errors import UserError

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_trainer
+from trainers import make_trainer
 
 from utils import attention
 from utils.attention import KeyValueCache, Prefix, Segments, packed_attention

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import made_up_examples
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.functional import scaled_dot_product_attention
+from trainers import made_up_examples
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig

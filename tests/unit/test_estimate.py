@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_trainer, train
 from settings import ALL, FULL, LLAMA_7B, LORA, world
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from trainers import make_trainer, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.fsdp import FsdpConfig

@@ -5,7 +5,8 @@ import re
 from string import Formatter
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, run_script
+from command_runs import run_script
+from environment import ENVIRONMENT, ROOT
 
 from scripts import catalogue
 

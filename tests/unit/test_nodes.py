@@ -3,7 +3,7 @@
 import subprocess
 
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from environment import ENVIRONMENT, ROOT
 from torch.distributed.run import get_args_parser
 
 from configs.command_line import parse

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from environment import ROOT
 
 import quickstart
 from configs.command_line import parse, usage
