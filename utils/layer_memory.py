@@ -43,29 +43,40 @@ def plain(config: TrainingConfig, shape: Shape, compute_bytes: int) -> LayerMemo
         norms += (4 + c * trains_norms) * (shape.query + shape.key_value)
     attention = c * 4 * shape.query + 4 * shape.heads  # all heads' queries, keys, values, outputs
     mlp = c * 3 * i  # gate, its activation, up
-    if config.use_peft and config.lora_config.lora_dropout:  # what is left of each input, and which
-        inputs = (c + 1) * sum(width for name, (width, _out) in shape.linears().items() if name in names)
-    else:
-        readers = [sum(name in names for name in group) for group in NORMED]
-        inputs = c * h * sum(count if is_copied else min(count, 1) for count in readers) + c * i * (
-            "down_proj" in names
-        )
-    narrow = c * config.lora_config.r * len(lora_targets(config, shape))
+    inputs = _inputs(config, shape, c, is_copied)
     # Autograd lets go of what it has used, so little comes on top: a gradient as wide as the MLP, two of the stream.
     temporary = c * (i + 2 * h)
     # A weight beside its B, or its gradient. NF4 comes out in the compute dtype before; int8 times its fp32 scale is
     # fp32 before it is rounded.
     weights = {None: c, "4bit": 2 * c, "8bit": 4 + c}[config.quantization]
     largest = max(a * b for a, b in shape.linears().values())
-    return LayerMemory(
-        norms + attention + mlp + inputs + narrow, h * (4 if is_wide else c), temporary, weights * largest
-    )
+    return LayerMemory(norms + attention + mlp + inputs, h * (4 if is_wide else c), temporary, weights * largest)
 
 
 def compiled_plain(config: TrainingConfig, shape: Shape, compute_bytes: int) -> LayerMemory:
-    """The same modules through torch.compile, which fuses norms away; fitted to a bf16 base on an H100."""
-    layer = plain(config, shape, compute_bytes)
-    return replace(layer, kept=0.86 * layer.kept)
+    """The same modules as torch.compile cuts them in two (a test counts); norms and activations are computed again."""
+    layer, c = plain(config, shape, compute_bytes), compute_bytes
+    stream = layer.recomputed + c * shape.hidden  # the input, and what attention adds to it
+    attention = c * 4 * shape.query + 4 * shape.heads
+    if shape.head_norms:
+        attention += c * (shape.query + shape.key_value)  # queries and keys before their norms
+    mlp = c * 2 * shape.intermediate  # gate and up
+    return replace(layer, kept=stream + attention + mlp + _inputs(config, shape, c, is_copied=False))
+
+
+def _inputs(config: TrainingConfig, shape: Shape, compute_bytes: int, is_copied: bool) -> float:
+    """Bytes a token of what linear layers keep of their inputs for their own gradients or their adapters'.
+
+    Args:
+        is_copied: layers that read the same input have a copy each.
+    """
+    names, c = trained_modules(config, shape), compute_bytes
+    narrow = c * config.lora_config.r * len(lora_targets(config, shape))
+    if config.use_peft and config.lora_config.lora_dropout:  # what is left of each input, and which
+        return narrow + (c + 1) * sum(width for name, (width, _out) in shape.linears().items() if name in names)
+    readers = [sum(name in names for name in group) for group in NORMED]
+    normed = shape.hidden * sum(count if is_copied else min(count, 1) for count in readers)
+    return narrow + c * (normed + shape.intermediate * ("down_proj" in names))
 
 
 def compiled_fused(config: TrainingConfig, shape: Shape, compute_bytes: int) -> LayerMemory:

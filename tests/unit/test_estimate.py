@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from settings import ALL, FULL, LLAMA_7B, LORA, world
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trainers import make_trainer, train
@@ -16,7 +17,7 @@ from configs.fsdp import FsdpConfig
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example
-from utils import report
+from utils import attention, report
 from utils.activations import MicroBatch
 from utils.attention import Segments
 from utils.distributed import World
@@ -135,18 +136,24 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("model", ["tiny_model", "qwen3_model"])
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_plain_layers_activations_are_those_that_autograd_keeps(request, model, name):
-    """In bf16, on a CPU, where o_proj has a copy of attention's output, and dropout's mask is as wide as its input."""
-    config, folder, tokens, kept = SETTINGS[name], ModelFolder(request.getfixturevalue(model)), 1000, {}
+def kept_a_token(config: TrainingConfig, folder: ModelFolder, backend: str | None = None) -> tuple[float, bool]:
+    """Bytes that autograd keeps of a token in the first layer, in bf16, and whether o_proj has a copy of its input.
+
+    (On a CPU it has; dropout's mask is as wide as its input there.)
+    """
+    tokens, kept = 1000, {}
     is_full = not config.use_peft
-    precision = Precision(torch.bfloat16, torch.float32 if name == "full" else torch.bfloat16, "as on a GPU")
-    module = load_trainable(config, World(0, 0, 1, [torch.device("cpu")]), folder, precision).train()
+    weights = torch.float32 if is_full and not config.pure_bf16 else torch.bfloat16
+    module = load_trainable(
+        config, World(0, 0, 1, [torch.device("cpu")]), folder, Precision(torch.bfloat16, weights, "as on a GPU")
+    ).train()
     decoder, positions = causal_lm(module.model).model, torch.arange(tokens)[None]
     hidden = decoder.embed_tokens(torch.arange(tokens)[None] % 600).detach().requires_grad_()
     embeddings = decoder.rotary_emb(hidden, positions)
     angles = {x.untyped_storage().data_ptr() for x in embeddings}  # all layers share them
+    if backend:
+        torch._dynamo.reset()
+        decoder.layers[0].compile(dynamic=True, backend=backend)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tokens in tensor.shape:
@@ -161,16 +168,44 @@ def test_the_plain_layers_activations_are_those_that_autograd_keeps(request, mod
             position_embeddings=embeddings,
             segments=Segments.of([tokens], torch.device("cpu")),
         )
-    shape, lora = Shape.of(folder.config), config.lora_config
-    expected = LAYERS["plain"](config, shape, 2).kept
-    if lora.lora_dropout:
+    counted = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in angles)
+    adapts_output = config.peft_method == "lora" and config.lora_config.target_modules == ALL.target_modules
+    return counted / tokens, (is_full or adapts_output) and not config.lora_config.lora_dropout
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "qwen3_model"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_plain_layers_activations_are_those_that_autograd_keeps(request, model, name):
+    config, folder = SETTINGS[name], ModelFolder(request.getfixturevalue(model))
+    counted, has_copy = kept_a_token(config, folder)
+    shape = Shape.of(folder.config)
+    expected = LAYERS["plain"](config, shape, 2).kept + 2 * shape.query * has_copy
+    if config.lora_config.lora_dropout:
         expected += sum(width for width, _out in shape.linears().values())
-    elif is_full or (config.peft_method == "lora" and lora.target_modules == ALL.target_modules):
-        expected += 2 * shape.query
     # Elsewhere every head has keys and values of its own.
     expected -= 2 * 2 * (shape.query - shape.key_value)
-    counted = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in angles)
-    assert counted / tokens == pytest.approx(expected, rel=0.02)
+    assert counted == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about torch
+@pytest.mark.parametrize(
+    "name", ["lora of q and v", "lora over nf4", "lora with dropout", "lora and embedding", "full"]
+)
+def test_compiled_layers_activations_are_those_that_the_compiler_keeps(qwen3_model, monkeypatch, name):
+    def varlen(query, key, value, segments, scaling):
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2)
+
+    monkeypatch.setattr(attention, "_varlen", varlen)
+    monkeypatch.setattr(attention, "has_varlen", lambda _device, dtype: dtype == torch.bfloat16)
+    config, folder = SETTINGS[name], ModelFolder(qwen3_model)
+    counted, has_copy = kept_a_token(config, folder, "aot_eager_decomp_partition")
+    shape = Shape.of(folder.config)
+    is_lora_with_copy = has_copy and config.use_peft
+    expected = LAYERS["compiled plain"](config, shape, 2).kept + 2 * shape.query * is_lora_with_copy
+    assert counted == pytest.approx(expected, rel=0.02)
+    torch._dynamo.reset()
 
 
 class Live(TorchDispatchMode):
