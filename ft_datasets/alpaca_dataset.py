@@ -40,12 +40,14 @@ class Example:
         text: prompt and response, without BOS and EOS.
         input_ids: [BOS] + tokens + [EOS], shape [length], int32.
         prompt_length: how many of them are BOS and prompt; the loss is taken on the rest.
+        shared_length: how many of the first are shared with other examples, see ft_datasets/shared_prefixes.py.
     """
 
     number: int
     text: str
     input_ids: np.ndarray
     prompt_length: int
+    shared_length: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -56,6 +58,16 @@ class Example:
         labels = self.input_ids.copy()
         labels[: self.prompt_length] = IGNORE_INDEX
         return labels
+
+    @property
+    def own_length(self) -> int:
+        """Tokens that are not shared."""
+        return len(self.input_ids) - self.shared_length
+
+    @property
+    def prefix(self) -> bytes:
+        """The shared tokens, as something to look up."""
+        return self.input_ids[: self.shared_length].tobytes()
 
     @property
     def response_length(self) -> int:

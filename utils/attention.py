@@ -1,7 +1,8 @@
 """Attention over packed sequences, and the key-value cache of generation.
 
-Several examples lie one after another in one row; none may see another. `packed_attention` has the signature of
-transformers' attention functions and is registered under the name PACKED. On GPUs that have it, torch's variable-length
+Several examples lie one after another in one row; none may see another, but for a beginning that several share, which
+stands in the row once. `packed_attention` has the signature of transformers' attention functions and is registered
+under the name PACKED. On GPUs that have it, torch's variable-length
 flash attention does all examples at once; elsewhere plain scaled_dot_product_attention takes them one by one.
 `attention_forward` and `attention_backward` are the same for layers that do without autograd (utils/fused_layers.py).
 """
@@ -21,29 +22,92 @@ kernels anew, which takes milliseconds for each product of a layer."""
 
 
 @dataclass(frozen=True)
+class Keys:
+    """What the segments of a row see, where some begin with tokens that stand in the row once, before all segments.
+
+    The keys of a segment are those of the shared tokens that it begins with, and its own, which come last.
+
+    Attributes:
+        lengths: how many each segment has, in order.
+        cumulative: start of each segment's and their end, int32, shape [segments + 1].
+        rows: [keys], int64: the row's token that each key is of.
+        copies: [most, shared tokens], int64: which keys are those of each shared token; -1 where it has fewer.
+        own: [other tokens], int64: which key is that of each token behind the shared ones.
+    """
+
+    lengths: list[int]
+    cumulative: torch.Tensor
+    rows: torch.Tensor
+    copies: torch.Tensor
+    own: torch.Tensor
+
+    def to(self, device: torch.device) -> "Keys":
+        """The same, for a row on another device."""
+        tensors = (self.cumulative, self.rows, self.copies, self.own)
+        return Keys(self.lengths, *(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+
+@dataclass(frozen=True)
 class Segments:
     """Where the examples of one packed row lie, end to end.
 
     Attributes:
         lengths: of each segment, in order.
         cumulative: start of each segment and the row's end, int32, shape [segments + 1].
-        longest: no segment is longer; the same number all through a run keeps compiled code valid.
+        longest: no segment sees more; the same number all through a run keeps compiled code valid.
+        keys: what they see; None = each itself alone.
     """
 
     lengths: list[int]
     cumulative: torch.Tensor
     longest: int
+    keys: Keys | None = None
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device, longest: int = 0) -> "Segments":
+    def of(cls, lengths: Sequence[int], device: torch.device, longest: int = 0, keys: Keys | None = None) -> "Segments":
         """Segments of these lengths, in order."""
-        bounds = list(itertools.accumulate(lengths, initial=0))
-        cumulative = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
-        return cls(list(lengths), cumulative, max(longest, *lengths))
+        cumulative = bounds(lengths).to(device, non_blocking=True)
+        return cls(list(lengths), cumulative, max(longest, *lengths), keys.to(device) if keys else None)
 
     def to(self, device: torch.device) -> "Segments":
         """The same segments, for a row on another device."""
-        return Segments(self.lengths, self.cumulative.to(device), self.longest)
+        keys = self.keys.to(device) if self.keys else None
+        return Segments(self.lengths, self.cumulative.to(device), self.longest, keys)
+
+    @property
+    def key_bounds(self) -> torch.Tensor:
+        """As `cumulative`, of what they see."""
+        return self.keys.cumulative if self.keys else self.cumulative
+
+
+def bounds(lengths: Sequence[int]) -> torch.Tensor:
+    """Where things of these lengths start, end to end, and their end; int32."""
+    return torch.tensor(list(itertools.accumulate(lengths, initial=0)), dtype=torch.int32)
+
+
+def keys_of_rows(states: torch.Tensor, keys: Keys) -> torch.Tensor:
+    """Keys or values [tokens, …] as the segments see them, [keys, …]."""
+    return states.index_select(0, keys.rows)
+
+
+def rows_of_keys(grad: torch.Tensor, keys: Keys) -> torch.Tensor:
+    """The gradient of what `keys_of_rows` was given. (Adding up by index would be in no fixed order, and in bf16.)"""
+    copies = grad[keys.copies.clamp(min=0)] * (keys.copies >= 0).view(*keys.copies.shape, *[1] * (grad.dim() - 1))
+    return torch.cat((copies.sum(0), grad[keys.own]))
+
+
+class _KeysOfRows(torch.autograd.Function):
+    """`keys_of_rows` with `rows_of_keys` as its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, keys: Keys) -> torch.Tensor:
+        ctx.keys = keys
+        return keys_of_rows(states, keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grad_outputs
+        return rows_of_keys(grad, ctx.keys), None
 
 
 class PastKeyValues(Protocol):
@@ -115,10 +179,15 @@ def packed_attention(
     query, key = query.to(value.dtype), key.to(value.dtype)
     if past is not None:
         key, value = past.extend(module.layer_idx, key, value)
-    past_length = key.shape[2] - query.shape[2]
-    if segments is not None and past_length == 0 and has_varlen(query.device, query.dtype):
+    elif segments is not None and segments.keys:
+        key, value = (
+            _KeysOfRows.apply(x.squeeze(0).transpose(0, 1), segments.keys).transpose(0, 1).unsqueeze(0)
+            for x in (key, value)
+        )
+    if segments is not None and past is None and has_varlen(query.device, query.dtype):
         return _varlen(query, key, value, segments, scaling), None
 
+    past_length = 0 if past is None else key.shape[2] - query.shape[2]
     return _one_by_one(query, key, value, segments, scaling, past_length).transpose(1, 2), None
 
 
@@ -137,35 +206,51 @@ def _varlen(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    bounds, longest = segments.cumulative, segments.longest
-    # A window of (-1, 0) is causal attention: everything before, nothing after.
-    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0))
+    longest = segments.longest
+    # A window of (-1, 0) is causal attention: everything before, nothing after. (The last key is the last query's.)
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        segments.cumulative,
+        segments.key_bounds,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+    )
     return output.unsqueeze(0)
 
 
 def attention_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cumulative: torch.Tensor,
-    longest: int,
-    scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention within each segment, for a backward pass that is called by hand.
 
     Args:
         query: [length, heads, head_dim]; key and value have kv_heads in place of heads.
-        cumulative: bounds of the segments, see Segments.
 
     Returns:
         The output, in query's shape, and a tensor for `attention_backward`: the softmax's logarithmic sums,
         [heads, length], where flash attention is used.
     """
+    if segments.keys:
+        key, value = keys_of_rows(key, segments.keys), keys_of_rows(value, segments.keys)
     if not has_varlen(query.device, query.dtype):
-        return _rows_one_by_one(query, key, value, cumulative, scale), query.new_empty(0, query.shape[0])
+        return _rows_one_by_one(query, key, value, segments, scale), query.new_empty(0, query.shape[0])
     # torch's own operator beneath varlen_attn, which costs a tenth of a millisecond of Python a call.
     output, log_sum_exp, *_unused = torch.ops.aten._flash_attention_forward(
-        query, key, value, cumulative, cumulative, longest, longest, 0.0, True, False, scale=scale
+        query,
+        key,
+        value,
+        segments.cumulative,
+        segments.key_bounds,
+        segments.longest,
+        segments.longest,
+        0.0,
+        True,
+        False,
+        scale=scale,
     )
     return output, log_sum_exp
 
@@ -177,39 +262,44 @@ def attention_backward(
     value: torch.Tensor,
     output: torch.Tensor,
     log_sum_exp: torch.Tensor,
-    cumulative: torch.Tensor,
-    longest: int,
+    segments: Segments,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value; see `attention_forward`."""
+    if segments.keys:
+        key, value = keys_of_rows(key, segments.keys), keys_of_rows(value, segments.keys)
     if has_varlen(query.device, query.dtype):
         dropout_state = torch.empty(2, dtype=torch.uint64, device=query.device)
-        return torch.ops.aten._flash_attention_backward(
+        grad_query, grad_key, grad_value = torch.ops.aten._flash_attention_backward(
             grad_output,
             query,
             key,
             value,
             output,
             log_sum_exp,
-            cumulative,
-            cumulative,
-            longest,
-            longest,
+            segments.cumulative,
+            segments.key_bounds,
+            segments.longest,
+            segments.longest,
             0.0,
             True,
             dropout_state,
             dropout_state,
             scale=scale,
         )
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        return torch.autograd.grad(_rows_one_by_one(*inputs, cumulative, scale), inputs, grad_output)
+    else:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+            attended = _rows_one_by_one(*inputs, segments, scale)
+            grad_query, grad_key, grad_value = torch.autograd.grad(attended, inputs, grad_output)
+    if segments.keys:
+        grad_key, grad_value = rows_of_keys(grad_key, segments.keys), rows_of_keys(grad_value, segments.keys)
+    return grad_query, grad_key, grad_value
 
 
 def _rows_one_by_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cumulative: torch.Tensor, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
 ) -> torch.Tensor:
-    segments = Segments(cumulative.diff().tolist(), cumulative, 0)
     return _one_by_one(*(x.transpose(0, 1) for x in (query, key, value)), segments, scale).transpose(0, 1)
 
 
@@ -225,23 +315,25 @@ def _one_by_one(
     """Causal attention within each segment, after `past_length` positions that all of them see.
 
     Args:
-        query: [..., heads, length, head_dim]; key and value have kv_heads in place of heads, and past_length more.
+        query: [..., heads, length, head_dim]; key and value have kv_heads in place of heads, and past_length more, or
+            are as the segments see them.
     """
     lengths = segments.lengths if segments is not None else [query.shape[-2]]
+    key_lengths = segments.keys.lengths if segments is not None and segments.keys else lengths
 
     def of_each(states: torch.Tensor) -> Sequence[torch.Tensor]:
         if len(lengths) == 1:
             return [states]
         # Slices instead of a split would each have a gradient as long as the row.
-        past, *own = states.split([past_length, *lengths], dim=-2)
+        past, *own = states.split([past_length, *key_lengths], dim=-2)
         return [torch.cat((past, part), dim=-2) for part in own] if past_length else own
 
     outputs = []
     for q, k, v in zip(query.split(lengths, dim=-2), of_each(key), of_each(value), strict=True):
-        length, mask = q.shape[-2], None
-        if past_length and length > 1:
-            mask = torch.ones(length, past_length + length, dtype=torch.bool, device=q.device).tril(past_length)
-        is_causal, grouped = past_length == 0 and length > 1, q.shape[-3] != k.shape[-3]
+        length, before, mask = q.shape[-2], k.shape[-2] - q.shape[-2], None
+        if before and length > 1:
+            mask = torch.ones(length, before + length, dtype=torch.bool, device=q.device).tril(before)
+        is_causal, grouped = before == 0 and length > 1, q.shape[-3] != k.shape[-3]
         outputs.append(
             scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example, encode_records, load_records, split_examples
 from ft_datasets.prompt import PromptTemplate
+from ft_datasets.shared_prefixes import share_prefixes
 from ft_datasets.tokenizer import Tokenizer
 
 
@@ -43,6 +44,9 @@ def load_data(
     examples = encode_records(
         records, tokenizer, template, config.max_seq_length, report, config.num_workers_dataloader
     )
+    # Dropout on a shared prefix would be that of all its examples; a learnt prefix stands before each of them.
+    if not config.lora_config.lora_dropout and config.peft_method != "prefix":
+        examples = share_prefixes(examples)
     if not config.run_validation:
         return Data(examples, [])
     return Data(*split_examples(examples, config.val_set_size, config.seed))

@@ -18,7 +18,7 @@ import torch
 from torch import library
 from torch.nn.functional import silu
 
-from utils.attention import attention_backward, attention_forward
+from utils.attention import Segments, attention_backward, attention_forward
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -104,12 +104,11 @@ class Saved(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Where the row's tokens stand: rotation [length, head_dim] and segment bounds."""
+    """Where the row's tokens stand: rotation [length, head_dim] and segments."""
 
     cos: torch.Tensor
     sin: torch.Tensor
-    cumulative: torch.Tensor
-    longest: int
+    segments: Segments
 
 
 def forward(
@@ -121,9 +120,7 @@ def forward(
     query, key, value = (output.unflatten(1, (-1, shape.head_dim)) for output in outputs)
     placed_query = _place(query, weights.query_norm, row, shape)
     placed_key = _place(key, weights.key_norm, row, shape)
-    attention, log_sum_exp = attention_forward(
-        placed_query, placed_key, value, row.cumulative, row.longest, shape.softmax_scale
-    )
+    attention, log_sum_exp = attention_forward(placed_query, placed_key, value, row.segments, shape.softmax_scale)
     if weights.query_norm is None:
         query, key = placed_query, placed_key
     (attended,), narrow_output = _linear(attention.flatten(1), weights.output)
@@ -175,8 +172,7 @@ def backward(
         saved.value,
         saved.attention,
         saved.log_sum_exp,
-        row.cumulative,
-        row.longest,
+        row.segments,
         shape.softmax_scale,
     )
     grad_query = _place_backward(grad_query, saved.query, weights.query_norm, row, shape)

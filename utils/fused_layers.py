@@ -138,7 +138,7 @@ class FusedLayers:
     ) -> torch.Tensor:
         """See run_plain."""
         cos, sin = position_embeddings
-        row = Row(cos[0], sin[0], segments.cumulative, segments.longest)
+        row = Row(cos[0], sin[0], segments)
         call = _Call(self.functions, self.shape, self.weights[layer], row, activations, torch.is_grad_enabled())
         # A trained embedding gives fp32.
         return _FusedLayer.apply(hidden[0].to(self.dtype), call, *self.adapters[layer]).unsqueeze(0)
@@ -168,7 +168,7 @@ class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, call: _Call, *adapters: torch.Tensor) -> torch.Tensor:
         hidden = hidden.detach()  # whether it takes a gradient must not make other code
-        _mark_length(hidden, *call.row[:3])
+        _mark_row(hidden, call.row)
         output, saved = call.functions.forward(hidden, call.row, call.shape, call.weights, True)
         if call.has_backward:
             call.activations.put(saved.tensors)
@@ -180,7 +180,7 @@ class _FusedLayer(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden,), call, narrow = ctx.saved_tensors, ctx.call, ctx.narrow
         ctx.narrow = None
-        _mark_length(hidden, *call.row[:3])
+        _mark_row(hidden, call.row)
         if tensors := call.activations.get():
             saved = Saved(*tensors, narrow)
         else:
@@ -193,6 +193,14 @@ class _FusedLayer(torch.autograd.Function):
             grad_output.contiguous(), hidden, saved, call.row, call.shape, call.weights
         )
         return grad_hidden, None, *grads
+
+
+def _mark_row(hidden: torch.Tensor, row: Row) -> None:
+    """Let compiled code take any length of the row, and any number of segments."""
+    _mark_length(hidden, row.cos, row.sin, row.segments.cumulative)
+    if keys := row.segments.keys:
+        _mark_length(keys.cumulative, keys.rows, keys.copies, keys.own)
+        torch._dynamo.maybe_mark_dynamic(keys.copies, 1)
 
 
 def _mark_length(*tensors: torch.Tensor) -> None:

@@ -29,15 +29,23 @@ SAFE_SHARE = 0.9
 """Share of the memory that is planned for where it can't be tried."""
 
 
-def token_budgets(longest_example: int, largest_step: int) -> list[int]:
+def token_budgets(longest_example: int, largest_step: int, shared: int) -> list[int]:
     """Sizes of a micro-batch to try: the largest step at once, in two, in three …, down to MIN_TOKENS or the longest.
 
     Steps are shared out evenly, so sizes between would only waste memory.
+
+    Args:
+        shared: of the step's tokens, those that stand in each of its rows.
     """
-    least = max(longest_example, MIN_TOKENS)
+    own, least = largest_step - shared, max(longest_example, MIN_TOKENS, 2 * shared)
     fewest = max(1, math.ceil(largest_step / MAX_TOKENS))
-    parts = range(fewest, max(fewest, largest_step // least) + 1)
-    return [*dict.fromkeys(max(longest_example, math.ceil(largest_step / part)) for part in parts)]
+    parts = range(fewest, max(fewest, own // (least - shared)) + 1)
+    return [*dict.fromkeys(max(longest_example, math.ceil(own / part) + shared) for part in parts)]
+
+
+def rows_of(step: int, token_budget: int, shared: int) -> int:
+    """Rows that a step of so many tokens is cut into, where each row has `shared` of them."""
+    return math.ceil((step - shared) / max(1, token_budget - shared))
 
 
 def cards_of(world: World) -> list[list[Any]]:
@@ -48,14 +56,14 @@ def cards_of(world: World) -> list[list[Any]]:
     return [[card.name, card.total_memory] for card in cards]
 
 
-def rows_together(cards: int, step: int, token_budget: int) -> int:
-    """Rows of a step of so many tokens that go forward one after another before the first goes backward.
+def rows_together(cards: int, rows: int) -> int:
+    """How many of a step's rows go forward one after another before the first goes backward.
 
     Over several cards two for each, so that one card works on a row while the next works on the row before (the
     schedule of GPipe, Huang et al. 2019). Cards work off what they are told without being waited for, so the order in
     which rows are sent is all that it takes.
     """
-    return min(2 * cards if cards > 1 else 1, math.ceil(step / token_budget))
+    return min(2 * cards if cards > 1 else 1, rows)
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Search:
         longest_example: its tokens.
         largest_step: most tokens of a step, this process's share.
         mean_step: tokens of a usual step, likewise.
+        shared: of a step's tokens, those that stand in each of its rows (see ft_datasets/shared_prefixes.py).
         kept_counts: how many layers may keep their activations, in ascending order; the last number is all.
         try_step: makes rows, so many tokens each and so many of them, go forward and backward as a micro-batch says;
             raises OutOfMemoryError.
@@ -77,6 +86,7 @@ class Search:
     longest_example: int
     largest_step: int
     mean_step: int
+    shared: int
     kept_counts: Sequence[int]
     try_step: Callable[[MicroBatch, int, int], None]
     is_sharded: bool = False
@@ -116,9 +126,9 @@ class Search:
         the end, with the best and with the largest of them, which it gives the room that smaller ones have anyway.
         (What was pinned last is what the first step finds.)
         """
-        budgets, every_layer = token_budgets(self.longest_example, self.largest_step), self.kept_counts[-1]
+        budgets, every_layer = self._token_budgets(self.largest_step), self.kept_counts[-1]
         cards = len(self.world.devices)
-        tried = [(budget, rows_together(cards, self.largest_step, budget)) for budget in budgets]
+        tried = [(budget, rows_together(cards, rows_of(self.largest_step, budget, self.shared))) for budget in budgets]
         if cards > 1:
             tried.append((budgets[-1], 1))
         best, best_speed = MicroBatch(budgets[-1], self.kept_counts[0]), 0.0
@@ -174,7 +184,7 @@ class Search:
             start, slope = (line[least] + share * (line[some] - line[least]) for line in (fixed, growth))
             return start + slope * tokens
 
-        budgets = token_budgets(self.longest_example, self.largest_step)
+        budgets = self._token_budgets(self.largest_step)
         fitting = [MicroBatch(b, kept) for b in budgets for kept in kept_counts if estimate(b, kept) <= limit]
         layers = max(1, kept_counts[-1])
         return max(
@@ -185,10 +195,13 @@ class Search:
 
     def shrunk(self, micro_batch: MicroBatch) -> MicroBatch:
         """The same with the largest token budget, from its own down, that fits."""
-        for budget in token_budgets(self.longest_example, micro_batch.token_budget):
+        for budget in self._token_budgets(micro_batch.token_budget):
             if self._fits(smaller := micro_batch._replace(token_budget=budget)):
                 return smaller
         return micro_batch._replace(token_budget=self.longest_example)
+
+    def _token_budgets(self, step: int) -> list[int]:
+        return token_budgets(self.longest_example, step, self.shared)
 
     def _most_kept_layers(self, micro_batch: MicroBatch) -> int | None:
         """The most of `kept_counts` that fits; None = not even the least does."""
@@ -254,12 +267,12 @@ class Search:
         return fits(self.world, attempt)
 
     def _speed(self, micro_batch: MicroBatch) -> float:
-        """Tokens/s of a usual step's rows; 0 = out of memory."""
-        rows = math.ceil(self.mean_step / micro_batch.token_budget)
-        tokens = max(self.longest_example, math.ceil(self.mean_step / rows))
+        """Tokens/s of a usual step's rows, the shared ones not counted; 0 = out of memory."""
+        rows = rows_of(self.mean_step, micro_batch.token_budget, self.shared)
+        tokens = max(self.longest_example, math.ceil((self.mean_step - self.shared) / rows) + self.shared)
         together = min(rows, micro_batch.rows)
         seconds = measure(self.world, functools.partial(self.try_step, micro_batch, tokens, together))
-        return tokens * together / seconds if seconds else 0.0
+        return (tokens - self.shared) * together / seconds if seconds else 0.0
 
 
 def _cache_file(kind: str) -> Path:

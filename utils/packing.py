@@ -7,14 +7,17 @@ with any number of processes, without stored state.
 import functools
 import hashlib
 import heapq
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ft_datasets.alpaca_dataset import Example
-from utils.attention import ROW_MULTIPLE, Segments
+from utils.attention import ROW_MULTIPLE, Keys, Segments, bounds
 
 
 def seed_of(*parts: int) -> int:
@@ -64,7 +67,7 @@ class Schedule:
         return order[start : start + self.global_batch_size]
 
     def largest_step(self, lengths: Sequence[int]) -> int:
-        """Most tokens of a step, of the first 200, where example i has lengths[i]."""
+        """The most of a step, of the first 200, where example i counts lengths[i]."""
         array = np.asarray(lengths)
         return max(int(array[self.indices(step)].sum()) for step in range(min(self.total_steps, 200)))
 
@@ -75,41 +78,80 @@ def _order(examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
-def share_out(lengths: Sequence[int], token_budget: int, world_size: int, micro_batch_size: int = 0) -> list[list[int]]:
+def share_out(
+    examples: Sequence[Example], token_budget: int, world_size: int, micro_batch_size: int = 0
+) -> list[list[int]]:
     """Share examples out into micro-batches of nearly equal size, as many for each process as for any other.
 
-    Longest first, each into the emptiest micro-batch (the LPT rule of scheduling, Graham 1969).
+    Longest first, each into the emptiest micro-batch (the LPT rule of scheduling, Graham 1969). A prefix that examples
+    share counts once in a micro-batch.
 
     Args:
-        lengths: tokens of each example.
         token_budget: most tokens of a micro-batch; an example longer than it gets one of its own.
         world_size: the number of micro-batches is a multiple of it.
         micro_batch_size: most examples of a micro-batch; 0 = no limit.
 
     Returns:
-        Micro-batches as positions in `lengths`, those of rank r at [r::world_size]; some may be empty.
+        Micro-batches as positions in `examples`, those of rank r at [r::world_size]; some may be empty.
     """
-    most = micro_batch_size or len(lengths)
+    most = micro_batch_size or len(examples)
+    lengths, prefixes = [example.own_length for example in examples], [example.prefix for example in examples]
     # Two that are longer than half the budget never share a micro-batch.
     alone = sum(2 * length > token_budget for length in lengths)
-    needed = max(-(-sum(lengths) // token_budget), -(-len(lengths) // most), alone, 1)
+    needed = max(-(-tokens_in_a_row(examples) // token_budget), -(-len(lengths) // most), alone, 1)
     count = -(-needed // world_size) * world_size
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while True:
         batches: list[list[int]] = [[] for _ in range(count)]
+        present: list[set[bytes]] = [set() for _ in range(count)]
         open_batches = [(0, b) for b in range(count)]  # a heap of (tokens, number) of those that may take more
         for i in order:
             total, emptiest = open_batches[0]
-            if total and total + lengths[i] > token_budget:
+            added = lengths[i] if prefixes[i] in present[emptiest] else len(examples[i])
+            if total and total + added > token_budget:
                 break
             batches[emptiest].append(i)
+            present[emptiest].add(prefixes[i])
             if len(batches[emptiest]) < most:
-                heapq.heapreplace(open_batches, (total + lengths[i], emptiest))
+                heapq.heapreplace(open_batches, (total + added, emptiest))
             else:
                 heapq.heappop(open_batches)
         else:
             return [sorted(batch) for batch in batches]
         count += world_size
+
+
+class StepTokens(NamedTuple):
+    """What one of several processes computes of a step.
+
+    Attributes:
+        largest: most tokens.
+        mean: tokens of a usual step.
+        shared: of either, those of the prefixes that its examples share; each row has them.
+    """
+
+    largest: int
+    mean: int
+    shared: int
+
+
+def tokens_of_a_step(examples: Sequence[Example], schedule: Schedule, processes: int) -> StepTokens:
+    """What each process computes of a step, where all examples share out as `share_out` does."""
+    own, shared = [example.own_length for example in examples], shared_tokens(examples)
+    # Processes do not share a step out quite evenly.
+    largest = math.ceil(1.02 * schedule.largest_step(own) / processes)
+    mean = min(math.ceil(sum(own) / len(own) * schedule.global_batch_size / processes), largest)
+    return StepTokens(largest + shared, mean + shared, shared)
+
+
+def tokens_in_a_row(examples: Sequence[Example]) -> int:
+    """Tokens of a row of these examples."""
+    return shared_tokens(examples) + sum(example.own_length for example in examples)
+
+
+def shared_tokens(examples: Sequence[Example]) -> int:
+    """Tokens of all prefixes that these examples share, each counted once."""
+    return sum({example.prefix: example.shared_length for example in examples}.values())
 
 
 @dataclass(frozen=True)
@@ -131,6 +173,53 @@ class PackedBatch:
     label_ids: torch.Tensor
 
 
+class _Row:
+    """A row in the making."""
+
+    def __init__(self) -> None:
+        self.length = self.keys = 0
+        self.input_ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.key_rows: list[np.ndarray] = []
+        self.lengths: list[int] = []
+        self.key_lengths: list[int] = []
+        self.first_keys: dict[range, list[int]] = {}
+        """Of each prefix, by the rows where it stands: where its keys begin, in all segments that see it."""
+
+    def append(self, input_ids: np.ndarray, prefix: range = range(0)) -> int:
+        """Add a segment that goes on from a prefix; the row of its first token."""
+        first, length = self.length, len(input_ids)
+        if prefix:
+            self.first_keys[prefix].append(self.keys)
+        self.input_ids.append(input_ids)
+        self.positions.append(np.arange(len(prefix), len(prefix) + length))
+        self.key_rows += [np.array(prefix, dtype=np.int64), np.arange(first, first + length)]
+        self.lengths.append(length)
+        self.key_lengths.append(len(prefix) + length)
+        self.length += length
+        self.keys += len(prefix) + length
+        return first
+
+    def append_prefix(self, input_ids: np.ndarray) -> range:
+        """Add a prefix, before any other segment; the rows where it stands."""
+        first = self.append(input_ids)
+        rows = range(first, self.length)
+        self.first_keys[rows] = [first]
+        return rows
+
+    def segment_keys(self) -> Keys | None:
+        """What the segments see; None = each itself alone."""
+        if not self.first_keys:
+            return None
+        key_rows, shared = np.concatenate(self.key_rows), sum(map(len, self.first_keys))
+        copies = np.full((max(map(len, self.first_keys.values())), shared), -1)
+        for rows, firsts in self.first_keys.items():
+            copies[: len(firsts), rows.start : rows.stop] = np.add.outer(firsts, np.arange(len(rows)))
+        own = np.flatnonzero(key_rows >= shared)  # in the rows' order, each once
+        tensors = (torch.from_numpy(array) for array in (key_rows, copies, own))
+        return Keys(self.key_lengths, bounds(self.key_lengths), *tensors)
+
+
 def pack(
     examples: Sequence[Example],
     device: torch.device,
@@ -138,7 +227,7 @@ def pack(
     at_least: int = 0,
     last_device: torch.device | None = None,
 ) -> PackedBatch:
-    """Lay examples end to end.
+    """Lay examples end to end, behind the prefixes that several of them share.
 
     On a GPU segments without labels, none longer than `longest`, fill the row up to a multiple of ROW_MULTIPLE.
 
@@ -147,25 +236,27 @@ def pack(
         at_least: tokens that the row is filled up to in any case.
         last_device: where the labels go, if elsewhere. (A copy from one card to another waits for both.)
     """
-    lengths = [len(example) for example in examples]
-    starts = np.cumsum([0, *lengths[:-1]])
+    row, prefixes, label_rows = _Row(), {}, []
+    members = Counter(example.prefix for example in examples if example.shared_length)
+    for example in examples:
+        if members[example.prefix] > 1 and example.prefix not in prefixes:
+            prefixes[example.prefix] = row.append_prefix(example.input_ids[: example.shared_length])
+    for example in examples:
+        prefix = prefixes.get(example.prefix, range(0))
+        first = row.append(example.input_ids[len(prefix) :], prefix) - len(prefix)
+        # The token at position p is predicted from position p - 1; BOS or a prompt stands before every labelled token.
+        label_rows.append(np.arange(first + max(example.prompt_length, 1) - 1, first + len(example) - 1))
     multiple = ROW_MULTIPLE if device.type == "cuda" else 1
-    filling = max(0, -(-max(at_least, sum(lengths)) // multiple) * multiple - sum(lengths))
-    # The token at position p is predicted from row p - 1; BOS or a prompt stands before every labelled token.
-    rows = [
-        np.arange(start + max(example.prompt_length, 1) - 1, start + len(example) - 1)
-        for start, example in zip(starts, examples, strict=True)
-    ]
-    longest = max(longest, multiple, *lengths)
-    lengths += [min(longest, filling - start) for start in range(0, filling, longest)]
-    filler = np.zeros(filling, dtype=np.int64)
-    input_ids = torch.from_numpy(np.concatenate([*(e.input_ids for e in examples), filler]).astype(np.int64))
-    label_rows = torch.from_numpy(np.concatenate(rows))
-    positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))
+    longest = max(longest, multiple, *map(len, examples))
+    filling = max(0, -(-max(at_least, row.length) // multiple) * multiple - row.length)
+    for start in range(0, filling, longest):
+        row.append(np.zeros(min(longest, filling - start), dtype=np.int32))
+    input_ids = torch.from_numpy(np.concatenate(row.input_ids).astype(np.int64))
+    rows = torch.from_numpy(np.concatenate(label_rows))
     return PackedBatch(
         input_ids=input_ids.to(device, non_blocking=True),
-        position_ids=positions.to(device, non_blocking=True),
-        segments=Segments.of(lengths, device, longest),
-        label_rows=label_rows.to(last_device or device, non_blocking=True),
-        label_ids=input_ids[label_rows + 1].to(last_device or device, non_blocking=True),
+        position_ids=torch.from_numpy(np.concatenate(row.positions)).to(device, non_blocking=True),
+        segments=Segments.of(row.lengths, device, longest, row.segment_keys()),
+        label_rows=rows.to(last_device or device, non_blocking=True),
+        label_ids=input_ids[rows + 1].to(last_device or device, non_blocking=True),
     )

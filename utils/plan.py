@@ -24,10 +24,10 @@ from utils.fused_layers import why_not
 from utils.layer_memory import Kind, kind_of
 from utils.memory import free_main_memory
 from utils.metrics import duration
-from utils.micro_batch import CPU_TOKENS, relative_speed, rows_together, token_budgets
+from utils.micro_batch import CPU_TOKENS, relative_speed, rows_of, rows_together, token_budgets
 from utils.model_folder import ModelFolder
 from utils.optimization import BytesEach, check_optimizer
-from utils.packing import Schedule
+from utils.packing import Schedule, tokens_of_a_step
 from utils.precision import choose_precision
 from utils.saving import SHARD_BYTES
 from utils.shape import Shape, trained_parameters
@@ -104,13 +104,12 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     schedule = Schedule(
         len(data.training), config.batch_size_training * processes, config.num_epochs, config.max_steps, config.seed
     )
-    tokens_per_epoch = sum(map(len, data.training))
-    tokens = round(tokens_per_epoch * schedule.total_steps / schedule.steps_per_epoch)
-    is_compiled = should_compile(config.torch_compile, device, tokens)
+    epochs = schedule.total_steps / schedule.steps_per_epoch
+    tokens = round(sum(map(len, data.training)) * epochs)
     available = _memory_available(config, device, cards)
     longest = data.longest
-    # Processes do not share a step out quite evenly.
-    largest_step = math.ceil(1.02 * schedule.largest_step([len(example) for example in data.training]) / processes)
+    step = tokens_of_a_step(data.training, schedule, processes)
+    is_compiled = should_compile(config.torch_compile, device, step.mean * processes * schedule.total_steps)
 
     def kind(variant: TrainingConfig) -> Kind:
         return kind_of(not why_not(variant, folder.config, device, precision.compute), is_compiled)
@@ -120,15 +119,15 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
         if device.type == "cpu":
             tried = [MicroBatch(max(longest, CPU_TOKENS), shape.layers)]
         else:
-            budgets = token_budgets(longest, largest_step)
+            budgets = token_budgets(longest, step.largest, step.shared)
             tried = [
-                MicroBatch(budget, kept, rows=rows_together(cards, largest_step, budget))
+                MicroBatch(budget, kept, rows=rows_together(cards, rows_of(step.largest, budget, step.shared)))
                 for kept in range(shape.layers, -1, -1)
                 for budget in budgets
             ]
         size, of_layers = precision.compute.itemsize, kind(variant)
         found = [
-            (estimate(variant, shape, size, of_layers, each, cards, processes, largest_step), each) for each in tried
+            (estimate(variant, shape, size, of_layers, each, cards, processes, step.largest), each) for each in tried
         ]
         fitting = [candidate for candidate in found if candidate[0].needed <= available]
         parts, best = max(
@@ -165,7 +164,9 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     print(_("  disk         {needed} of {free} free", needed=_gb(needed), free=_gb(free)))
     rate = _matmul_flops(device, precision.compute) * SHARE_OF_MATMUL[kind(config)]
     flops = (4 if config.use_peft else 6) * (shape.decoder_weights + shape.head_weights)
-    print(_("  time         about {time}", time=duration(tokens * flops / rate / processes)))
+    own = sum(example.own_length for example in data.training) * epochs / processes
+    shared = step.shared * rows_of(step.mean, budget, step.shared) * schedule.total_steps
+    print(_("  time         about {time}", time=duration((own + shared) * flops / rate)))
     print(_("What fits in {available}:", available=_gb(available)))
     start = f"torchrun --nproc_per_node {processes}" if config.enable_fsdp else "python"
     for name, variant in variants(config):

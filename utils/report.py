@@ -116,6 +116,13 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
         )
     )
     say("  " + describe_lengths(data.training))
+    if shared := sum(e.shared_length for e in data.training):
+        say(
+            _(
+                "  {share} % of all tokens are beginnings that examples share; each row computes them once",
+                share=round(100 * shared / sum(map(len, data.training))),
+            )
+        )
     if sum(e.response_length for e in data.training) < 0.01 * sum(map(len, data.training)):
         say(
             _(

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,7 +26,7 @@ from utils.memory import give_back, peak_memory_gb
 from utils.metrics import Metrics, Progress
 from utils.micro_batch import Search
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
-from utils.packing import PackedBatch, pack, seed_of, share_out
+from utils.packing import PackedBatch, pack, seed_of, share_out, tokens_of_a_step
 from utils.precision import Precision
 from utils.response_loss import ResponseLoss
 from utils.run_folder import Start
@@ -108,9 +107,9 @@ class Trainer:
         The fused layers are compiled before: two pieces of code serve every setting that is tried. Plain ones would be
         compiled anew for each, so for them the choice is confirmed once they are compiled, and made smaller if need be.
         """
-        mean_length = sum(map(len, self.training)) / len(self.training)
-        examples_left = (self.schedule.total_steps - self.done) * self.schedule.global_batch_size
-        tokens_left = round(mean_length * examples_left)
+        step = tokens_of_a_step(self.training, self.schedule, self.world.size)
+        self.largest_step = step.largest
+        tokens_left = (self.schedule.total_steps - self.done) * step.mean * self.world.size
         self.compiles = should_compile(self.config.torch_compile, self.world.device, tokens_left)
         fused = self.loss_module.fused is not None
         if self.compiles and fused:
@@ -118,10 +117,6 @@ class Trainer:
         layers = len(causal_lm(self.model).model.layers)
         recompute = self.config.fsdp_config.fsdp_activation_checkpointing
         kept_counts = range(layers + 1) if recompute is None else [0 if recompute else layers]
-        # Processes do not share a step out quite evenly.
-        step = self.schedule.largest_step([len(example) for example in self.training])
-        self.largest_step = largest_step = math.ceil(1.02 * step / self.world.size)
-        mean_step = min(math.ceil(mean_length * self.schedule.global_batch_size / self.world.size), largest_step)
         trials = Trials(
             self.config,
             self.world,
@@ -130,19 +125,18 @@ class Trainer:
             self.optimizer,
             sorted(self.training, key=len, reverse=True),
             self._pack,
-            largest_step,
+            step.largest,
         )
         self.kind = trials.kind(
             compute=str(self.precision.compute),
             compiles=self.compiles,
             longest=self.longest,
-            steps=[largest_step, mean_step],
+            steps=step,
         )
         search = Search(
             self.world,
             self.longest,
-            largest_step,
-            mean_step,
+            *step,
             kept_counts,
             trials.attempt,
             is_sharded(self.loss_module),
@@ -302,8 +296,7 @@ class Trainer:
         A process without examples goes along with one that counts nothing (False): gradients are shared by all.
         """
         examples = [self.training[i] for i in self.schedule.indices(step)]
-        lengths = [len(example) for example in examples]
-        batches = share_out(lengths, self.micro_batch.token_budget, self.world.size, self.config.micro_batch_size)
+        batches = share_out(examples, self.micro_batch.token_budget, self.world.size, self.config.micro_batch_size)
         return examples, [
             (self._pack([examples[i] for i in chosen or [0]]), bool(chosen))
             for chosen in batches[self.world.rank :: self.world.size]
@@ -316,8 +309,7 @@ class Trainer:
     def evaluate(self) -> float:
         """The mean loss of a response token over the held-out examples."""
         self.loss_module.eval()
-        lengths = [len(example) for example in self.held_out]
-        batches = share_out(lengths, self.micro_batch.token_budget, self.world.size, self.config.val_batch_size)
+        batches = share_out(self.held_out, self.micro_batch.token_budget, self.world.size, self.config.val_batch_size)
         total = 0.0
         for chosen in batches[self.world.rank :: self.world.size]:
             batch = self._pack([self.held_out[i] for i in chosen or [0]])

@@ -8,7 +8,15 @@ import torch
 from trainers import make_trainer
 
 from utils import attention
-from utils.attention import KeyValueCache, Prefix, Segments, packed_attention
+from utils.attention import (
+    Keys,
+    KeyValueCache,
+    Prefix,
+    Segments,
+    attention_backward,
+    attention_forward,
+    packed_attention,
+)
 from utils.response_loss import ResponseLoss
 
 HEAD_DIM = 8
@@ -88,6 +96,50 @@ def test_gradients(heads, kv_heads):
     (plain_attention(*plain, lengths) * upstream).sum().backward()
     for mine, theirs in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+# A row of <p0 p1> <a0 a1 a2> <b0> <c0 c1>, in which a and b begin with p.
+SHARED = Segments.of(
+    [2, 3, 1, 2],
+    torch.device("cpu"),
+    keys=Keys(
+        [2, 5, 3, 2],
+        torch.tensor([0, 2, 7, 10, 12]),
+        torch.tensor([0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 7]),
+        torch.tensor([[0, 1], [2, 3], [7, 8]]),
+        torch.tensor([4, 5, 6, 9, 10, 11]),
+    ),
+)
+
+
+@SHAPES
+def test_segments_see_the_beginning_that_they_share(heads, kv_heads):
+    """As if it stood before each of them; its gradient is what all of them ask of it."""
+    ours, plain = random_states(heads, kv_heads, 8), random_states(heads, kv_heads, 8)
+    upstream = torch.randn(1, 8, heads, HEAD_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    output, _ = packed_attention(LAYER, *ours, segments=SHARED)
+    apart = plain_attention(*(x[:, :, SHARED.keys.rows] for x in plain), SHARED.keys.lengths)
+    expected = apart[:, [0, 1, 4, 5, 6, 9, 10, 11]]
+    torch.testing.assert_close(output, expected)
+    (output * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@SHAPES
+def test_passes_called_by_hand_are_those_of_autograd(heads, kv_heads):
+    for segments in (SHARED, Segments.of([3, 5], torch.device("cpu"))):
+        states = random_states(heads, kv_heads, 8)
+        upstream = torch.randn(1, 8, heads, HEAD_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        output, _ = packed_attention(LAYER, *states, segments=segments)
+        output.backward(upstream)
+        by_rows = [x.detach()[0].transpose(0, 1) for x in states]
+        by_hand, statistics = attention_forward(*by_rows, segments, 1 / math.sqrt(HEAD_DIM))
+        torch.testing.assert_close(by_hand, output.detach()[0])
+        gradients = attention_backward(upstream[0], *by_rows, by_hand, statistics, segments, 1 / math.sqrt(HEAD_DIM))
+        for gradient, state in zip(gradients, states, strict=True):
+            torch.testing.assert_close(gradient, state.grad[0].transpose(0, 1))
 
 
 @SHAPES

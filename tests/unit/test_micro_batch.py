@@ -8,7 +8,7 @@ import torch
 from utils import micro_batch
 from utils.activations import HostMemory, MicroBatch
 from utils.distributed import World
-from utils.micro_batch import Search, rows_together, token_budgets
+from utils.micro_batch import Search, rows_of, rows_together, token_budgets
 
 LAYERS = 32
 CARD = World(0, 0, 1, [torch.device("cuda", 0)])
@@ -38,16 +38,24 @@ class Card:
         return rows * (tokens + 300) * (1 + twice)
 
     def asked(self, longest=500, largest=8000, mean=8000, kept=range(LAYERS + 1), world=CARD, **more) -> Search:
-        return Search(world, longest, largest, mean, kept, self.try_step, **more)
+        return Search(world, longest, largest, mean, 0, kept, self.try_step, **more)
 
 
 def test_sizes_are_the_largest_step_in_equal_parts():
-    assert token_budgets(500, 8000) == [8000, 4000, 2667, 2000, 1600, 1334, 1143]
-    assert token_budgets(3000, 8000) == [8000, 4000]
-    assert token_budgets(9000, 8000) == [9000]
-    assert token_budgets(10, 100) == [100]
-    assert token_budgets(60_000, 131_073) == [60_000]
-    assert max(token_budgets(10, 1_000_000)) <= 65_536
+    assert token_budgets(500, 8000, 0) == [8000, 4000, 2667, 2000, 1600, 1334, 1143]
+    assert token_budgets(3000, 8000, 0) == [8000, 4000]
+    assert token_budgets(9000, 8000, 0) == [9000]
+    assert token_budgets(10, 100, 0) == [100]
+    assert token_budgets(60_000, 131_073, 0) == [60_000]
+    assert max(token_budgets(10, 1_000_000, 0)) <= 65_536
+
+
+def test_each_part_of_a_step_has_what_its_examples_share():
+    assert token_budgets(500, 8068, 68) == [8068, 4068, 2735, 2068, 1668, 1402, 1211, 1068]
+    assert [rows_of(8068, budget, 68) for budget in (8068, 8067, 4068, 1068, 50)] == [1, 2, 2, 8, 8000]
+    # Long prompts: half a row at least is an example's own.
+    assert token_budgets(900, 21_000, 5000) == [21_000, 13_000, 10_334]
+    assert token_budgets(900, 6000, 5000) == [6000]
 
 
 def test_the_fastest_of_several_attempts_counts_and_one_that_runs_out_of_memory_is_none():
@@ -89,7 +97,7 @@ def test_a_smaller_card_gets_what_is_fastest_of_all_that_fits(monkeypatch, memor
         seconds = card.try_step(chosen, chosen.token_budget)
         return chosen.token_budget / seconds if seconds else 0.0
 
-    best = max(speed(MicroBatch(t, k)) for t in token_budgets(500, 8000) for k in range(LAYERS + 1))
+    best = max(speed(MicroBatch(t, k)) for t in token_budgets(500, 8000, 0) for k in range(LAYERS + 1))
     one_more = found._replace(kept_layers=min(found.kept_layers + 1, LAYERS))
     assert speed(one_more) == best or speed(found) > 0.97 * best
 
@@ -165,8 +173,8 @@ def test_over_several_cards_rows_go_together(monkeypatch):
     found = card.asked(world=two_cards).by_trying()
     seconds = {rows: (8000 / rows + 300) * (rows + 1) / 2 for rows in (1, 2, 3, 4)}
     assert 8000 / found.token_budget == pytest.approx(min(seconds, key=seconds.get), abs=0.01)
-    assert [rows_together(2, 8000, budget) for budget in (8000, 4000, 2000, 1000)] == [1, 2, 4, 4]
-    assert rows_together(1, 8000, 1000) == 1
+    assert [rows_together(2, rows) for rows in (1, 2, 4, 8)] == [1, 2, 4, 4]
+    assert rows_together(1, 8) == 1
 
 
 @pytest.mark.parametrize("memory", [40_000, 60_000, 150_000, 400_000])

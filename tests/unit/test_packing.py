@@ -13,6 +13,10 @@ from utils.packing import Schedule, pack, share_out
 CPU = torch.device("cpu")
 
 
+def of_lengths(lengths: list[int]) -> list[Example]:
+    return [Example(i, "", np.zeros(length, dtype=np.int32), prompt_length=1) for i, length in enumerate(lengths, 1)]
+
+
 def some_lengths(count: int, seed: int = 0) -> list[int]:
     chooser = random.Random(seed)
     return [chooser.randint(5, 300) for _ in range(count)]
@@ -22,13 +26,13 @@ def some_lengths(count: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize("micro_batch_size", [0, 1, 4])
 def test_every_example_is_shared_out_exactly_once(world_size, micro_batch_size):
     lengths = some_lengths(41)
-    batches = share_out(lengths, 700, world_size, micro_batch_size)
+    batches = share_out(of_lengths(lengths), 700, world_size, micro_batch_size)
     assert sorted(i for batch in batches for i in batch) == list(range(41))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_every_process_gets_as_many_micro_batches(world_size):
-    batches = share_out(some_lengths(20), 500, world_size)
+    batches = share_out(of_lengths(some_lengths(20)), 500, world_size)
     counts = {len(batches[rank::world_size]) for rank in range(world_size)}
     assert len(counts) == 1
 
@@ -36,39 +40,39 @@ def test_every_process_gets_as_many_micro_batches(world_size):
 @pytest.mark.parametrize("seed", range(20))
 def test_no_micro_batch_exceeds_the_token_budget(seed):
     lengths = some_lengths(37, seed)
-    batches = share_out(lengths, 640, 2)
+    batches = share_out(of_lengths(lengths), 640, 2)
     assert max(sum(lengths[i] for i in batch) for batch in batches) <= 640
 
 
 def test_an_example_longer_than_the_budget_gets_a_micro_batch_of_its_own():
-    batches = share_out([1000, 10, 20, 30], 100, 1)
+    batches = share_out(of_lengths([1000, 10, 20, 30]), 100, 1)
     assert [0] in batches
     assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3]
 
 
 def test_micro_batch_size_limits_the_examples_of_a_micro_batch():
-    batches = share_out([10] * 10, 1000, 1, micro_batch_size=3)
+    batches = share_out(of_lengths([10] * 10), 1000, 1, micro_batch_size=3)
     assert max(map(len, batches)) <= 3
     assert len(batches) == 4
 
 
 def test_fewer_examples_than_processes_leave_some_without_any():
-    batches = share_out([10, 20], 100, 4)
+    batches = share_out(of_lengths([10, 20]), 100, 4)
     assert len(batches) == 4
     assert sorted(map(len, batches)) == [0, 0, 1, 1]
 
 
 def test_sharing_out_is_deterministic_and_knows_nothing_of_chance():
     lengths = some_lengths(64)
-    first = share_out(lengths, 2000, 2)
+    first = share_out(of_lengths(lengths), 2000, 2)
     random.seed(5)
     np.random.seed(5)
-    assert share_out(lengths, 2000, 2) == first
+    assert share_out(of_lengths(lengths), 2000, 2) == first
 
 
 def test_totals_of_the_micro_batches_are_nearly_equal():
     lengths = some_lengths(64)
-    batches = share_out(lengths, 2048, 2)
+    batches = share_out(of_lengths(lengths), 2048, 2)
     totals = [sum(lengths[i] for i in batch) for batch in batches]
     assert len(totals) >= 4
     # In the file's order alone, chunks of 16 examples differ by far more than this.
@@ -100,14 +104,14 @@ def test_sharing_out_follows_its_rule(seed):
     longest = chooser.choice([3, 60, 300])
     lengths = [chooser.randint(1, longest) for _ in range(chooser.randint(1, 30))]
     arguments = chooser.choice([20, 100, 400, 3000]), chooser.randint(1, 3), chooser.choice([0, 0, 1, 2, 5])
-    assert share_out(lengths, *arguments) == share_out_plainly(lengths, *arguments)
+    assert share_out(of_lengths(lengths), *arguments) == share_out_plainly(lengths, *arguments)
 
 
 @pytest.mark.parametrize(("budget", "micro_batch_size"), [(4096, 1), (4096, 0), (100_000, 0)])
 def test_sharing_out_many_examples_takes_no_time(budget, micro_batch_size):
     lengths = some_lengths(20_000)
     start = time.process_time()
-    share_out(lengths, budget, 1, micro_batch_size)
+    share_out(of_lengths(lengths), budget, 1, micro_batch_size)
     assert time.process_time() - start < 1.5
 
 

@@ -1,0 +1,159 @@
+"""Which beginnings are shared, and what a row with shared ones looks like."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ft_datasets.alpaca_dataset import Example, encode_records, load_records
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.shared_prefixes import common_prefixes, share_prefixes
+from ft_datasets.tokenizer import Tokenizer
+from utils.packing import Schedule, pack, share_out, tokens_in_a_row, tokens_of_a_step
+
+CPU = torch.device("cpu")
+
+
+def example(ids: list[int], prompt_length: int, shared_length: int = 0) -> Example:
+    return Example(1, "", np.array(ids, dtype=np.int32), prompt_length, shared_length)
+
+
+def test_both_headers_of_the_template_are_found(tiny_model, data_file):
+    records = load_records(data_file)
+    examples = share_prefixes(encode_records(records, Tokenizer(tiny_model), PromptTemplate(), 1000, print))
+    kinds = [[e for e, record in zip(examples, records, strict=True) if bool(record.input) == has] for has in (0, 1)]
+    for kind in kinds:
+        (length,) = {e.shared_length for e in kind}
+        columns = zip(*(e.input_ids.tolist() for e in kind), strict=False)
+        # Every token that all of the kind begin with, and perhaps not the last ones that others begin with as well.
+        alike = [len(set(column)) == 1 for column in columns]
+        assert 30 < length <= alike.index(False)
+    assert kinds[0][0].prefix != kinds[1][0].prefix
+
+
+def test_longer_beginnings_of_fewer_are_taken_where_they_save_more_than_they_cost():
+    # Of 16 in a row, 8 save 8 x 4 tokens more by sharing 5 than by sharing 1, which costs 5.
+    assert common_prefixes([(1, 2, 3, 4, 5, own) for own in range(8)] + [(1, own) for own in range(10, 18)]) == [
+        (1,),
+        (1, 2, 3, 4, 5),
+    ]
+    # Where two share one token more than all, that saves 2 and costs 4.
+    assert common_prefixes([(1, 2, 3, 4), (1, 2, 3, 4)] + [(1, 2, 3, own) for own in range(10, 24)]) == [(1, 2, 3)]
+    assert common_prefixes([(own, 5, 6) for own in range(16)]) == []
+    assert common_prefixes([(1, 2, 3)] * 16) == [(1, 2, 3)]
+    assert common_prefixes([(1, 2)]) == [(1, 2)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_is_shared_is_shared_and_ends_before_the_prompt_does(seed):
+    chooser = random.Random(seed)
+    beginnings = [[chooser.randint(1, 3) for _ in range(chooser.randint(0, 12))] for _ in range(3)]
+    made = []
+    for _number in range(chooser.randint(1, 60)):
+        ids = chooser.choice(beginnings) + [chooser.randint(1, 4) for _ in range(chooser.randint(2, 9))]
+        made.append(example(ids, chooser.randint(0, len(ids) - 1)))
+    shared = share_prefixes(made)
+    assert [replace(e, shared_length=0) for e in shared] == made or any(e.shared_length for e in shared)
+    for e, before in zip(shared, made, strict=True):
+        assert np.array_equal(e.input_ids, before.input_ids)
+        assert 0 <= e.shared_length < max(1, e.prompt_length)
+    saved = sum(e.shared_length for e in shared)
+    assert saved == 0 or saved >= 0.05 * sum(map(len, made))
+
+
+def test_a_few_tokens_of_long_examples_are_not_worth_it():
+    made = [example([1, *range(10 + i, 110 + i)], 50) for i in range(32)]
+    assert not any(e.shared_length for e in share_prefixes(made))
+    assert all(e.shared_length == 1 for e in share_prefixes([example([1, i, i + 1], 2) for i in range(10, 42)]))
+
+
+def test_a_row_with_a_shared_beginning_is_as_written_by_hand():
+    # <s> 10 | 11 12 and <s> 10 20 | 21 share <s> alone: from the first's 10 its answer is predicted.
+    one, two = example([1, 10, 11, 12], 2, shared_length=1), example([1, 10, 20, 21], 3, shared_length=1)
+    alone = example([5, 30, 31], 2, shared_length=1)
+    batch = pack([one, alone, two], CPU)
+    assert batch.input_ids.tolist() == [1, 10, 11, 12, 5, 30, 31, 10, 20, 21]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 1, 2, 3]
+    assert batch.segments.lengths == [1, 3, 3, 3]
+    assert batch.segments.cumulative.tolist() == [0, 1, 4, 7, 10]
+    assert batch.label_rows.tolist() == [1, 2, 5, 8]
+    assert batch.label_ids.tolist() == [11, 12, 31, 21]
+    keys = batch.segments.keys
+    assert keys.lengths == [1, 4, 3, 4]
+    assert keys.cumulative.tolist() == [0, 1, 5, 8, 12]
+    assert keys.rows.tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 0, 7, 8, 9]
+    assert keys.copies.tolist() == [[0], [1], [8]]
+    assert keys.own.tolist() == [2, 3, 4, 5, 6, 7, 9, 10, 11]
+    assert batch.segments.longest == 4
+
+
+def test_a_row_with_two_shared_beginnings_is_as_written_by_hand():
+    made = [example([1, 2, 9, 7], 3, 2)] * 2 + [example([1, 3, 4, 9, 7], 4, 3)] * 3
+    keys = pack(made, CPU, at_least=20).segments.keys
+    assert keys.lengths == [2, 3, 4, 4, 5, 5, 5, 5]  # the last fills the row up
+    assert keys.rows.tolist()[:13] == [0, 1, 2, 3, 4, 0, 1, 5, 6, 0, 1, 7, 8]
+    assert keys.copies.tolist() == [[0, 1, 2, 3, 4], [5, 6, 13, 14, 15], [9, 10, 18, 19, 20], [-1, -1, 23, 24, 25]]
+    assert len(keys.own) == 20 - 5
+
+
+def test_rows_without_two_that_begin_alike_are_plain_ones():
+    batch = pack([example([1, 10, 11], 2, 1), example([2, 10, 11], 2, 1)], CPU)
+    assert batch.segments.keys is None
+    assert batch.input_ids.tolist() == [1, 10, 11, 2, 10, 11]
+
+
+def share_out_plainly(examples: list[Example], budget: int, world_size: int, most: int) -> list[list[int]]:
+    """The rule as it reads: more and more micro-batches, until the longest-first order fits."""
+
+    def tokens(batch: list[int]) -> int:
+        return tokens_in_a_row([examples[i] for i in batch])
+
+    count = world_size
+    while count * budget < tokens(range(len(examples))):
+        count += world_size
+    while True:
+        batches = [[] for _ in range(count)]
+        for i in sorted(range(len(examples)), key=lambda i: -examples[i].own_length):
+            chosen = min(
+                (b for b in range(count) if len(batches[b]) < most), key=lambda b: tokens(batches[b]), default=None
+            )
+            if chosen is None or (batches[chosen] and tokens([*batches[chosen], i]) > budget):
+                break
+            batches[chosen].append(i)
+        else:
+            return [sorted(batch) for batch in batches]
+        count += world_size
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_beginning_counts_once_in_a_micro_batch(seed):
+    chooser = random.Random(seed)
+    beginnings = [[number] * chooser.randint(1, 30) for number in range(1, 4)]
+    made = []
+    for number in range(chooser.randint(1, 30)):
+        beginning = chooser.choice([[], *beginnings])
+        own = [100 + number] * chooser.randint(2, 40)
+        made.append(example(beginning + own, len(beginning) + 1, len(beginning)))
+    budget, world_size, most = chooser.choice([80, 200, 1000]), chooser.randint(1, 3), chooser.choice([4, 1000])
+    batches = share_out(made, budget, world_size, 0 if most == 1000 else most)
+    assert batches == share_out_plainly(made, budget, world_size, most)
+    for batch in batches:
+        chosen = [made[i] for i in batch]
+        if chosen:
+            assert len(pack(chosen, CPU).input_ids) == tokens_in_a_row(chosen) <= budget
+
+
+def test_tokens_of_a_step_are_those_of_the_rows_of_its_processes():
+    made = [example([1] * 10 + [number] * (20 + number), 11, 10) for number in range(40)]
+    schedule = Schedule(40, global_batch_size=8, num_epochs=1, max_steps=0, seed=1)
+    steps = [[made[i] for i in schedule.indices(step)] for step in range(5)]
+    found = tokens_of_a_step(made, schedule, 2)
+    assert found.shared == 10
+    assert found.mean == 8 * 39.5 / 2 + 10
+    for step in steps:
+        batches = share_out(step, 10_000, 2)
+        assert max(tokens_in_a_row([step[i] for i in batch]) for batch in batches) <= found.largest
+    most = max(tokens_in_a_row(step) for step in steps) - 10
+    assert found.largest == pytest.approx(1.02 * most / 2 + 10, abs=1)
