@@ -122,9 +122,9 @@ class Search:
         """The answer by measurement.
 
         Smaller micro-batches leave room for more layers that keep their activations, which saves computing them twice,
-        but fill the card less well; so sizes are tried downwards until the next one is slower. Offloading is tried at
-        the end, with the best and with the largest of them, which it gives the room that smaller ones have anyway.
-        (What was pinned last is what the first step finds.)
+        but fill the card less well; so sizes are tried downwards until the next one is slower. Offloading is tried with
+        all of them, at the end: it needs room for a layer, which the largest may not have, and gives more than smaller
+        ones lose. (What was pinned last is what the first step finds.)
         """
         budgets, every_layer = self._token_budgets(self.largest_step), self.kept_counts[-1]
         cards = len(self.world.devices)
@@ -132,7 +132,7 @@ class Search:
         if cards > 1:
             tried.append((budgets[-1], 1))
         best, best_speed = MicroBatch(budgets[-1], self.kept_counts[0]), 0.0
-        largest: dict[int, tuple[MicroBatch, float]] = {}  # by the rows that go together
+        measured: list[tuple[MicroBatch, float]] = []
         for budget, rows in tried:
             kept = self._most_kept_layers(MicroBatch(budget, 0, rows=rows))
             if kept is None:
@@ -141,7 +141,7 @@ class Search:
             if kept == every_layer and not best_speed and cards == 1:
                 return micro_batch
             speed = self._speed(micro_batch)
-            largest.setdefault(rows, (micro_batch, speed))
+            measured.append((micro_batch, speed))
             if best_speed and speed <= best_speed:
                 break
             best, best_speed = micro_batch, speed
@@ -149,7 +149,7 @@ class Search:
                 break
         if not best_speed:
             return best
-        for micro_batch, speed in dict.fromkeys([(best, best_speed), largest[best.rows]]):
+        for micro_batch, speed in [each for each in reversed(measured) if each[0].rows == best.rows]:
             give_back_host()  # another size needs other pieces
             for candidate, promised in self._with_offloading(micro_batch, speed):
                 won = (1 - best_speed / promised) * WON_BACK_WITHIN

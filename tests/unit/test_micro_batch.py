@@ -119,6 +119,15 @@ def test_host_memory_takes_what_it_can_while_the_card_computes(monkeypatch, copy
     assert found.offload_every == expected
 
 
+def test_a_smaller_size_may_be_fastest_with_host_memory_alone(monkeypatch):
+    """The largest leaves no room for the layer that is on its way, and the next is slower without offloading."""
+    card = Card(33_000, monkeypatch, copy=0.0)
+    assert card.asked().by_trying() == MicroBatch(8000, 0)
+    found = card.asked(host=HostMemory(10**9, int, 0.01 / LAYERS)).by_trying()
+    assert found.token_budget == 4000
+    assert found.offload_every == 1
+
+
 def test_host_memory_is_not_used_where_that_is_slower(monkeypatch):
     found = Card(90_000, monkeypatch, copy=0.6).asked(host=HostMemory(10**9, int, 0.3 / LAYERS)).by_trying()
     assert not found.offload_every
