@@ -11,7 +11,7 @@ from pathlib import Path
 OURS = "this project"
 PEERS = {"unsloth": "Unsloth", "trl": "TRL", "padded": "padded PEFT loop"}
 COLOURS = dict(zip((OURS, *PEERS.values()), ("#1f5fa8", "#c8553d", "#e0a458", "#9aa5b1"), strict=True))
-PACKAGES = "torch transformers peft bitsandbytes trl unsloth liger_kernel".split()
+PACKAGES = "torch transformers peft bitsandbytes trl unsloth liger_kernel xformers".split()
 BEGIN, END = "<!-- benchmarks/train.py writes from here -->", "<!-- to here -->"
 
 

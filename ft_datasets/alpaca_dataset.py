@@ -65,6 +65,11 @@ class Example:
         return len(self.input_ids) - self.shared_length
 
     @property
+    def weight(self) -> int:
+        """What it counts in a row: its own tokens, or half of all, which attention has keys and values of, if more."""
+        return max(self.own_length, -(-len(self.input_ids) // 2))
+
+    @property
     def prefix(self) -> bytes:
         """The shared tokens, as something to look up."""
         return self.input_ids[: self.shared_length].tobytes()

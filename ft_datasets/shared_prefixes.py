@@ -18,6 +18,8 @@ SAMPLE = 2048
 """So many examples are looked through for common beginnings."""
 ROW_EXAMPLES = 16
 """So many examples a row is taken to hold, where it is weighed whether a beginning is worth its own place."""
+SHARED_AT_MOST = 512
+"""Tokens of all prefixes together, so that they are a small part of any row; longer ones are cut."""
 WORTH = 0.05
 """Below this share of all tokens, what is saved is not worth the copies that attention makes for it."""
 
@@ -48,13 +50,14 @@ def _most(example: Example) -> int:
 def common_prefixes(sequences: Sequence[Tokens]) -> list[Tokens]:
     """Beginnings for rows of ROW_EXAMPLES sequences to share; of those that fit a sequence the longest is meant.
 
-    One is taken where it saves more tokens than it has, beside the next shorter one that is taken.
+    One is taken where it saves more tokens than it has, beside the next shorter one that is taken. No sequence comes
+    twice in a row.
     """
     found: list[Tokens] = []
     groups = [(sorted(sequences), 0)]  # sequences that begin alike, and how many tokens they share so far
     while groups:
         group, held = groups.pop()
-        in_row = ROW_EXAMPLES * len(group) / len(sequences)
+        in_row = len(group) * min(1, ROW_EXAMPLES / len(sequences))
         if in_row <= 1:
             continue
         common = common_prefix(group[0], group[-1])  # in a sorted list the outermost differ first
@@ -63,4 +66,6 @@ def common_prefixes(sequences: Sequence[Tokens]) -> list[Tokens]:
             held = common
         longer = (sequence for sequence in group if len(sequence) > common)
         groups += [(list(members), held) for _token, members in groupby(longer, key=lambda sequence: sequence[common])]
-    return found
+    if sum(map(len, found)) <= SHARED_AT_MOST:
+        return found
+    return [prefix[: SHARED_AT_MOST // len(found)] for prefix in found]

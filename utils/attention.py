@@ -67,7 +67,8 @@ class Segments:
     def of(cls, lengths: Sequence[int], device: torch.device, longest: int = 0, keys: Keys | None = None) -> "Segments":
         """Segments of these lengths, in order."""
         cumulative = bounds(lengths).to(device, non_blocking=True)
-        return cls(list(lengths), cumulative, max(longest, *lengths), keys.to(device) if keys else None)
+        longest = max(longest, *lengths, *(keys.lengths if keys else ()))
+        return cls(list(lengths), cumulative, longest, keys.to(device) if keys else None)
 
     def to(self, device: torch.device) -> "Segments":
         """The same segments, for a row on another device."""
@@ -177,9 +178,11 @@ def packed_attention(
     """
     # Over fp32 weights under autocast, queries and keys come in fp32 from their rotation; values don't.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    shares = segments is not None and segments.keys is not None
     if past is not None:
+        assert not shares, "what is before the row would not stand before its shared tokens"
         key, value = past.extend(module.layer_idx, key, value)
-    elif segments is not None and segments.keys:
+    elif shares:
         key, value = (
             _KeysOfRows.apply(x.squeeze(0).transpose(0, 1), segments.keys).transpose(0, 1).unsqueeze(0)
             for x in (key, value)

@@ -182,7 +182,7 @@ def forward_hidden(
     Args:
         model: the causal language model, with or without an adapter.
         input_ids: [length], one packed row.
-        position_ids: [length], counted anew in every segment.
+        position_ids: [length], counted anew in every example.
         segments: where the row's examples lie; None = the row is one.
         past: keys and values from before the row.
         activations: where each layer leaves its own for the backward pass; None = where they are.

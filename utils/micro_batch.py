@@ -35,17 +35,17 @@ def token_budgets(longest_example: int, largest_step: int, shared: int) -> list[
     Steps are shared out evenly, so sizes between would only waste memory.
 
     Args:
-        shared: of the step's tokens, those that stand in each of its rows.
+        shared: of the step's tokens, those that any of its rows may have.
     """
-    own, least = largest_step - shared, max(longest_example, MIN_TOKENS, 2 * shared)
-    fewest = max(1, math.ceil(largest_step / MAX_TOKENS))
+    own, least = largest_step - shared, max(longest_example, MIN_TOKENS)
+    fewest = max(1, math.ceil(own / (MAX_TOKENS - shared)))
     parts = range(fewest, max(fewest, own // (least - shared)) + 1)
     return [*dict.fromkeys(max(longest_example, math.ceil(own / part) + shared) for part in parts)]
 
 
 def rows_of(step: int, token_budget: int, shared: int) -> int:
-    """Rows that a step of so many tokens is cut into, where each row has `shared` of them."""
-    return math.ceil((step - shared) / max(1, token_budget - shared))
+    """Rows that a step of so many tokens is cut into, where each may have `shared` of them."""
+    return math.ceil((step - shared) / (token_budget - shared))
 
 
 def cards_of(world: World) -> list[list[Any]]:
@@ -74,7 +74,7 @@ class Search:
         longest_example: its tokens.
         largest_step: most tokens of a step, this process's share.
         mean_step: tokens of a usual step, likewise.
-        shared: of a step's tokens, those that stand in each of its rows (see ft_datasets/shared_prefixes.py).
+        shared: of a step's tokens, those that any of its rows may have (see ft_datasets/shared_prefixes.py).
         kept_counts: how many layers may keep their activations, in ascending order; the last number is all.
         try_step: makes rows, so many tokens each and so many of them, go forward and backward as a micro-batch says;
             raises OutOfMemoryError.

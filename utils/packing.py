@@ -1,15 +1,14 @@
 """Which examples a step trains on, and how they are shared out into packed rows.
 
-Everything here is a pure function of the seed, the step and the examples' lengths, so a run can go on from any step,
-with any number of processes, without stored state.
+Everything here is a pure function of the seed, the step and the examples, so a run can go on from any step, with any
+number of processes, without stored state.
 """
 
 import functools
 import hashlib
 import heapq
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,35 +82,37 @@ def share_out(
 ) -> list[list[int]]:
     """Share examples out into micro-batches of nearly equal size, as many for each process as for any other.
 
-    Longest first, each into the emptiest micro-batch (the LPT rule of scheduling, Graham 1969). A prefix that examples
+    Heaviest first, each into the emptiest micro-batch (the LPT rule of scheduling, Graham 1969). A prefix that examples
     share counts once in a micro-batch.
 
     Args:
-        token_budget: most tokens of a micro-batch; an example longer than it gets one of its own.
+        token_budget: most tokens of a micro-batch, whose examples together are not longer than twice as many; one that
+            is longer by itself gets one of its own.
         world_size: the number of micro-batches is a multiple of it.
         micro_batch_size: most examples of a micro-batch; 0 = no limit.
 
     Returns:
         Micro-batches as positions in `examples`, those of rank r at [r::world_size]; some may be empty.
     """
-    most = micro_batch_size or len(examples)
-    lengths, prefixes = [example.own_length for example in examples], [example.prefix for example in examples]
-    # Two that are longer than half the budget never share a micro-batch.
-    alone = sum(2 * length > token_budget for length in lengths)
-    needed = max(-(-tokens_in_a_row(examples) // token_budget), -(-len(lengths) // most), alone, 1)
+    weights = [example.weight for example in examples]
+    lightest, least_shared = min(weights), min(example.shared_length for example in examples)
+    most = min(micro_batch_size or len(examples), max(1, (token_budget - least_shared) // lightest))
+    # Two that would not fit beside an equal never share a micro-batch.
+    alone = sum(2 * example.weight + example.shared_length > token_budget for example in examples)
+    needed = max(-(-weight_of_a_row(examples) // token_budget), -(-len(weights) // most), alone, 1)
     count = -(-needed // world_size) * world_size
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
     while True:
         batches: list[list[int]] = [[] for _ in range(count)]
         present: list[set[bytes]] = [set() for _ in range(count)]
         open_batches = [(0, b) for b in range(count)]  # a heap of (tokens, number) of those that may take more
         for i in order:
             total, emptiest = open_batches[0]
-            added = lengths[i] if prefixes[i] in present[emptiest] else len(examples[i])
+            added = _added(examples[i], present[emptiest])
             if total and total + added > token_budget:
                 break
             batches[emptiest].append(i)
-            present[emptiest].add(prefixes[i])
+            present[emptiest].add(examples[i].prefix)
             if len(batches[emptiest]) < most:
                 heapq.heapreplace(open_batches, (total + added, emptiest))
             else:
@@ -121,13 +122,38 @@ def share_out(
         count += world_size
 
 
+def heaviest_first(examples: Sequence[Example]) -> list[Example]:
+    """Those first that attention has the most keys and values of, beside what they count; of equals the longest."""
+    return sorted(examples, key=lambda example: (len(example) / example.weight, len(example)), reverse=True)
+
+
+def first_that_fit(examples: Iterable[Example], token_budget: int) -> list[Example]:
+    """The first of the examples, as many as a micro-batch takes, or one."""
+    chosen: list[Example] = []
+    present: set[bytes] = set()
+    total = 0
+    for example in examples:
+        added = _added(example, present)
+        if chosen and total + added > token_budget:
+            break
+        chosen.append(example)
+        present.add(example.prefix)
+        total += added
+    return chosen
+
+
+def _added(example: Example, present: set[bytes]) -> int:
+    """What an example counts in a micro-batch where some prefixes are present."""
+    return example.weight + (0 if example.prefix in present else example.shared_length)
+
+
 class StepTokens(NamedTuple):
     """What one of several processes computes of a step.
 
     Attributes:
-        largest: most tokens.
-        mean: tokens of a usual step.
-        shared: of either, those of the prefixes that its examples share; each row has them.
+        largest: most tokens, if it were one row.
+        mean: of a usual step.
+        shared: of either, those of all prefixes that are shared; any row may have them.
     """
 
     largest: int
@@ -136,17 +162,17 @@ class StepTokens(NamedTuple):
 
 
 def tokens_of_a_step(examples: Sequence[Example], schedule: Schedule, processes: int) -> StepTokens:
-    """What each process computes of a step, where all examples share out as `share_out` does."""
-    own, shared = [example.own_length for example in examples], shared_tokens(examples)
+    """What each of the processes has of a step, by the weights of the examples."""
+    weights, shared = [example.weight for example in examples], shared_tokens(examples)
     # Processes do not share a step out quite evenly.
-    largest = math.ceil(1.02 * schedule.largest_step(own) / processes)
-    mean = min(math.ceil(sum(own) / len(own) * schedule.global_batch_size / processes), largest)
+    largest = math.ceil(1.02 * schedule.largest_step(weights) / processes)
+    mean = min(math.ceil(sum(weights) / len(weights) * schedule.global_batch_size / processes), largest)
     return StepTokens(largest + shared, mean + shared, shared)
 
 
-def tokens_in_a_row(examples: Sequence[Example]) -> int:
-    """Tokens of a row of these examples."""
-    return shared_tokens(examples) + sum(example.own_length for example in examples)
+def weight_of_a_row(examples: Sequence[Example]) -> int:
+    """What a row of these examples counts: no less than its tokens, nor than half of what its segments see."""
+    return shared_tokens(examples) + sum(example.weight for example in examples)
 
 
 def shared_tokens(examples: Sequence[Example]) -> int:
@@ -160,8 +186,8 @@ class PackedBatch:
 
     Attributes:
         input_ids: [tokens], int64.
-        position_ids: [tokens], int64, from 0 in every example.
-        segments: where each example lies.
+        position_ids: [tokens], int64, from 0 in every example; where its beginning is shared, its own go on from there.
+        segments: where each example lies, or what of it is not shared; shared beginnings come first.
         label_rows: [labels], int64: the positions whose next token carries loss.
         label_ids: [labels], int64: those next tokens.
     """
@@ -237,9 +263,9 @@ def pack(
         last_device: where the labels go, if elsewhere. (A copy from one card to another waits for both.)
     """
     row, prefixes, label_rows = _Row(), {}, []
-    members = Counter(example.prefix for example in examples if example.shared_length)
     for example in examples:
-        if members[example.prefix] > 1 and example.prefix not in prefixes:
+        # A row where only one begins so is no exception: compiled code would be another.
+        if example.shared_length and example.prefix not in prefixes:
             prefixes[example.prefix] = row.append_prefix(example.input_ids[: example.shared_length])
     for example in examples:
         prefix = prefixes.get(example.prefix, range(0))

@@ -26,7 +26,7 @@ from utils.memory import give_back, peak_memory_gb
 from utils.metrics import Metrics, Progress
 from utils.micro_batch import Search
 from utils.optimization import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
-from utils.packing import PackedBatch, pack, seed_of, share_out, tokens_of_a_step
+from utils.packing import PackedBatch, heaviest_first, pack, seed_of, share_out, tokens_of_a_step
 from utils.precision import Precision
 from utils.response_loss import ResponseLoss
 from utils.run_folder import Start
@@ -123,7 +123,7 @@ class Trainer:
             self.loss_module,
             list(self.parameters.values()),
             self.optimizer,
-            sorted(self.training, key=len, reverse=True),
+            heaviest_first(self.training),
             self._pack,
             step.largest,
         )

@@ -1,4 +1,4 @@
-"""Attempts that a run makes with its own model and its longest examples, before its first step: see Search."""
+"""Attempts that a run makes with its own model and its heaviest examples, before its first step: see Search."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from utils.llama import causal_lm
 from utils.memory import free_main_memory, give_back_host
 from utils.micro_batch import cards_of
 from utils.optimization import create_state
-from utils.packing import PackedBatch
+from utils.packing import PackedBatch, first_that_fit
 from utils.response_loss import ResponseLoss
 from utils.sharding import is_sharded, recover
 
@@ -35,7 +35,7 @@ class Trials:
 
     Attributes:
         parameters: those that are trained.
-        longest_first: the examples to train on.
+        examples: those to train on, as `heaviest_first` has them.
         pack: of some examples, filled up to so many tokens, a row.
         largest_step: see Search.
     """
@@ -45,7 +45,7 @@ class Trials:
     loss_module: ResponseLoss
     parameters: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
-    longest_first: Sequence[Example]
+    examples: Sequence[Example]
     pack: Callable[..., PackedBatch]
     largest_step: int
 
@@ -86,7 +86,7 @@ class Trials:
         return HostMemory(min(rooms), bytes_of, max(seconds), max(pin_seconds))
 
     def attempt(self, micro_batch: MicroBatch, tokens: int, rows: int) -> None:
-        """Let rows of the longest examples go forward and backward together, and take nothing from it.
+        """Let rows of the heaviest examples go forward and backward together, and take nothing from it.
 
         Args:
             tokens: that each row is filled up to.
@@ -95,18 +95,12 @@ class Trials:
         Raises:
             OutOfMemoryError: a card has too little memory.
         """
-        chosen, total = [], 0
-        for example in self.longest_first:
-            if chosen and total + len(example) > tokens:
-                break
-            chosen.append(example)
-            total += len(example)
         self.loss_module.micro_batch = micro_batch
         if tokens * rows < self.largest_step:  # from the second group of rows on, gradients lie beside
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
         try:
-            batch = self.pack(chosen, at_least=tokens)
+            batch = self.pack(first_that_fit(self.examples, tokens), at_least=tokens)
             for value in [self.loss_module(batch, 0.0) for _row in range(rows)]:
                 value.backward()
             assert all(p.grad is not None for p in self.parameters), "a trainable parameter without a gradient"

@@ -37,8 +37,10 @@ class Card:
         twice = ((others - offloaded) / 2 + offloaded * self.copy) / LAYERS
         return rows * (tokens + 300) * (1 + twice)
 
-    def asked(self, longest=500, largest=8000, mean=8000, kept=range(LAYERS + 1), world=CARD, **more) -> Search:
-        return Search(world, longest, largest, mean, 0, kept, self.try_step, **more)
+    def asked(
+        self, longest=500, largest=8000, mean=8000, kept=range(LAYERS + 1), world=CARD, shared=0, **more
+    ) -> Search:
+        return Search(world, longest, largest, mean, shared, kept, self.try_step, **more)
 
 
 def test_sizes_are_the_largest_step_in_equal_parts():
@@ -52,10 +54,9 @@ def test_sizes_are_the_largest_step_in_equal_parts():
 
 def test_each_part_of_a_step_has_what_its_examples_share():
     assert token_budgets(500, 8068, 68) == [8068, 4068, 2735, 2068, 1668, 1402, 1211, 1068]
-    assert [rows_of(8068, budget, 68) for budget in (8068, 8067, 4068, 1068, 50)] == [1, 2, 2, 8, 8000]
-    # Long prompts: half a row at least is an example's own.
-    assert token_budgets(900, 21_000, 5000) == [21_000, 13_000, 10_334]
-    assert token_budgets(900, 6000, 5000) == [6000]
+    assert [rows_of(8068, budget, 68) for budget in (8068, 8067, 4068, 1068)] == [1, 2, 2, 8]
+    assert token_budgets(900, 2512, 512) == [2512, 1512, 1179]
+    assert max(token_budgets(10, 1_000_000, 512)) <= 65_536
 
 
 def test_the_fastest_of_several_attempts_counts_and_one_that_runs_out_of_memory_is_none():
@@ -100,6 +101,23 @@ def test_a_smaller_card_gets_what_is_fastest_of_all_that_fits(monkeypatch, memor
     best = max(speed(MicroBatch(t, k)) for t in token_budgets(500, 8000, 0) for k in range(LAYERS + 1))
     one_more = found._replace(kept_layers=min(found.kept_layers + 1, LAYERS))
     assert speed(one_more) == best or speed(found) > 0.97 * best
+
+
+@pytest.mark.parametrize("memory", [20_000, 40_000, 90_000, 150_000])
+def test_what_rows_share_counts_against_small_ones(monkeypatch, memory):
+    """A step of 8,000 tokens and 500 that each of its rows has beside."""
+    card = Card(memory, monkeypatch)
+    found = card.asked(largest=8500, mean=8500, shared=500).by_trying()
+
+    def seconds(rows: int, kept: int) -> float:
+        tokens = -(-8000 // rows) + 500
+        one = card.try_step(MicroBatch(tokens, kept), tokens)
+        return rows * one if one else 1e9
+
+    best = min(seconds(rows, kept) for rows in range(1, 17) for kept in range(LAYERS + 1))
+    rows = -(-8000 // (found.token_budget - 500))
+    one_more = min(found.kept_layers + 1, LAYERS)
+    assert best == pytest.approx(min(seconds(rows, found.kept_layers), seconds(rows, one_more)), rel=0.03)
 
 
 def test_what_counts_is_the_speed_of_a_usual_step(monkeypatch):
