@@ -147,6 +147,11 @@ def _added(example: Example, present: set[bytes]) -> int:
     return example.weight + (0 if example.prefix in present else example.shared_length)
 
 
+def keys_per_token(examples: Sequence[Example]) -> float:
+    """How many keys attention has for each token of a full row of such examples, on average."""
+    return sum(map(len, examples)) / sum(example.weight for example in examples)
+
+
 class StepTokens(NamedTuple):
     """What one of several processes computes of a step.
 

@@ -27,7 +27,7 @@ from utils.llama import causal_lm
 from utils.memory import forget_peak
 from utils.model_folder import ModelFolder
 from utils.optimization import BytesEach
-from utils.packing import pack
+from utils.packing import keys_per_token, pack
 from utils.precision import Precision
 from utils.shape import Shape, trained_parameters
 from utils.trainable import load_trainable
@@ -136,12 +136,18 @@ SETTINGS = {
 }
 
 
-def kept_a_token(config: TrainingConfig, folder: ModelFolder, backend: str | None = None) -> tuple[float, bool]:
+ALONE = Segments.of([1000], torch.device("cpu"))
+
+
+def kept_a_token(
+    config: TrainingConfig, folder: ModelFolder, backend: str | None = None, segments: Segments = ALONE
+) -> tuple[float, bool]:
     """Bytes that autograd keeps of a token in the first layer, in bf16, and whether o_proj has a copy of its input.
 
     (On a CPU it has; dropout's mask is as wide as its input there.)
     """
-    tokens, kept = 1000, {}
+    tokens, kept = sum(segments.lengths), {}
+    keys = sum(segments.keys.lengths) if segments.keys else tokens
     is_full = not config.use_peft
     weights = torch.float32 if is_full and not config.pure_bf16 else torch.bfloat16
     module = load_trainable(
@@ -155,18 +161,18 @@ def kept_a_token(config: TrainingConfig, folder: ModelFolder, backend: str | Non
         torch._dynamo.reset()
         decoder.layers[0].compile(dynamic=True, backend=backend)
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tokens in tensor.shape:
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not {tokens, keys}.isdisjoint(tensor.shape):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         decoder.layers[0](
             hidden,
             attention_mask=None,
             position_ids=positions,
             position_embeddings=embeddings,
-            segments=Segments.of([tokens], torch.device("cpu")),
+            segments=segments,
         )
     counted = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in angles)
     adapts_output = config.peft_method == "lora" and config.lora_config.target_modules == ALL.target_modules
@@ -185,6 +191,25 @@ def test_the_plain_layers_activations_are_those_that_autograd_keeps(request, mod
     # Elsewhere every head has keys and values of its own.
     expected -= 2 * 2 * (shape.query - shape.key_value)
     assert counted == pytest.approx(expected, rel=0.02)
+
+
+def test_keys_and_values_of_shared_beginnings_are_kept_for_each_that_shares_them(tiny_model, monkeypatch):
+    """By a stand-in for flash attention that keeps keys and values as it does."""
+
+    def varlen(query, key, value, _segments, _scaling):
+        return (query * (key * value).sum(dim=2, keepdim=True)).transpose(1, 2)
+
+    monkeypatch.setattr(attention, "_varlen", varlen)
+    monkeypatch.setattr(attention, "has_varlen", lambda _device, dtype: dtype == torch.bfloat16)
+    row = [Example(i, "", np.arange(200, dtype=np.int32), prompt_length=101, shared_length=100) for i in range(9)]
+    segments = pack(row, torch.device("cpu")).segments
+    assert (sum(segments.lengths), sum(segments.keys.lengths), keys_per_token(row)) == (1000, 1900, 2.0)
+    folder, config = ModelFolder(tiny_model), SETTINGS["full"]
+    alone, shared = (kept_a_token(config, folder, segments=each)[0] for each in (ALONE, segments))
+    shape = Shape.of(folder.config)
+    estimates = [estimate(config, shape, 2, "plain", MicroBatch(1000, 2), keys=keys) for keys in (1.0, 1.9)]
+    assert estimates[1].activations - estimates[0].activations == 1000 * shape.layers * 2 * 2 * shape.query * 0.9
+    assert shared - alone == pytest.approx(2 * 2 * shape.query * 0.9)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about torch
