@@ -6,6 +6,7 @@ stay what they are, and of Chinese Alpaca examples a sixth of the tokens need no
 training is from Prefix Grouper, Liu et al. 2025.)
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -27,7 +28,7 @@ WORTH = 0.05
 def share_prefixes(examples: Sequence[Example]) -> list[Example]:
     """The same examples, with `shared_length` set where it pays."""
     sample = examples[:: -(-len(examples) // SAMPLE)]
-    prefixes = common_prefixes([tuple(example.input_ids[: _most(example)].tolist()) for example in sample])
+    prefixes = _cut_prefixes([tuple(example.input_ids[: _most(example)].tolist()) for example in sample])
     lengths = sorted({len(prefix) for prefix in prefixes}, reverse=True)
     known = set(prefixes)
 
@@ -45,6 +46,19 @@ def share_prefixes(examples: Sequence[Example]) -> list[Example]:
 def _most(example: Example) -> int:
     """The prompt but for its last token, from which the response's first is predicted."""
     return max(0, example.prompt_length - 1)
+
+
+def _cut_prefixes(sequences: Sequence[Tokens]) -> list[Tokens]:
+    """Beginnings to share, of sequences cut so far that all together have SHARED_AT_MOST tokens."""
+
+    def of_length(limit: int) -> list[Tokens]:
+        return common_prefixes([sequence[:limit] for sequence in sequences])
+
+    def is_too_much(limit: int) -> bool:
+        return sum(map(len, of_length(limit))) > SHARED_AT_MOST
+
+    longest = max(map(len, sequences))
+    return of_length(bisect_left(range(1, longest + 1), True, key=is_too_much) if is_too_much(longest) else longest)
 
 
 def common_prefixes(sequences: Sequence[Tokens]) -> list[Tokens]:
@@ -66,6 +80,4 @@ def common_prefixes(sequences: Sequence[Tokens]) -> list[Tokens]:
             held = common
         longer = (sequence for sequence in group if len(sequence) > common)
         groups += [(list(members), held) for _token, members in groupby(longer, key=lambda sequence: sequence[common])]
-    if sum(map(len, found)) <= SHARED_AT_MOST:
-        return found
-    return [prefix[: SHARED_AT_MOST // len(found)] for prefix in found]
+    return found

@@ -123,8 +123,9 @@ def share_out(
 
 
 def heaviest_first(examples: Sequence[Example]) -> list[Example]:
-    """Those first that attention has the most keys and values of, beside what they count; of equals the longest."""
-    return sorted(examples, key=lambda example: (len(example) / example.weight, len(example)), reverse=True)
+    """The longest, then those that attention has the most keys and values of, beside what they count; the rest."""
+    keys_first = sorted(examples, key=lambda example: (len(example) / example.weight, len(example)), reverse=True)
+    return [max(examples, key=len), *keys_first]
 
 
 def first_that_fit(examples: Iterable[Example], token_budget: int) -> list[Example]:

@@ -125,7 +125,7 @@ class Trainer:
             self.optimizer,
             heaviest_first(self.training),
             self._pack,
-            step.largest,
+            step,
         )
         self.kind = trials.kind(
             compute=str(self.precision.compute),

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from utils.llama import causal_lm
 from utils.memory import free_main_memory, give_back_host
 from utils.micro_batch import cards_of
 from utils.optimization import create_state
-from utils.packing import PackedBatch, first_that_fit
+from utils.packing import PackedBatch, StepTokens, first_that_fit
 from utils.response_loss import ResponseLoss
 from utils.sharding import is_sharded, recover
 
@@ -37,7 +37,7 @@ class Trials:
         parameters: those that are trained.
         examples: those to train on, as `heaviest_first` has them.
         pack: of some examples, filled up to so many tokens, a row.
-        largest_step: see Search.
+        step: what the process has of a step.
     """
 
     config: TrainingConfig
@@ -47,7 +47,7 @@ class Trials:
     optimizer: torch.optim.Optimizer
     examples: Sequence[Example]
     pack: Callable[..., PackedBatch]
-    largest_step: int
+    step: StepTokens
 
     def kind(self, **more: Any) -> str:
         """All that the best micro-batch depends on, the cards of all processes included; the same on all.
@@ -88,6 +88,8 @@ class Trials:
     def attempt(self, micro_batch: MicroBatch, tokens: int, rows: int) -> None:
         """Let rows of the heaviest examples go forward and backward together, and take nothing from it.
 
+        No row of the run has longer ones, more keys or more labels.
+
         Args:
             tokens: that each row is filled up to.
             rows: how many there are.
@@ -96,11 +98,14 @@ class Trials:
             OutOfMemoryError: a card has too little memory.
         """
         self.loss_module.micro_batch = micro_batch
-        if tokens * rows < self.largest_step:  # from the second group of rows on, gradients lie beside
+        own, own_of_step = tokens - self.step.shared, self.step.largest - self.step.shared
+        if own * rows < own_of_step:  # from the second group of rows on, gradients lie beside
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
         try:
-            batch = self.pack(first_that_fit(self.examples, tokens), at_least=tokens)
+            chosen = first_that_fit(self.examples, tokens)
+            labelled = [replace(example, prompt_length=example.shared_length + 1) for example in chosen]
+            batch = self.pack(labelled, at_least=tokens)
             for value in [self.loss_module(batch, 0.0) for _row in range(rows)]:
                 value.backward()
             assert all(p.grad is not None for p in self.parameters), "a trainable parameter without a gradient"

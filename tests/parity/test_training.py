@@ -22,7 +22,7 @@ from utils.checkpoint import read_checkpoint
 from utils.data import load_data
 from utils.llama import causal_lm, load_base_model
 from utils.model_folder import ModelFolder
-from utils.packing import pack
+from utils.packing import StepTokens, pack
 from utils.quantization import rounded_weight
 from utils.trials import Trials
 
@@ -168,17 +168,19 @@ def test_an_attempt_before_the_first_step_leaves_the_run_as_it_was(tiny_model, t
     expected = train(make_trainer(tiny_model, tmp_path / "without", **settings))
     trainer = make_trainer(tiny_model, tmp_path / "with", **settings)
     chosen = trainer.micro_batch
-    rows = []
+    rows, labels = [], []
     trainer.loss_module.register_forward_pre_hook(lambda _module, arguments: rows.append(len(arguments[0].input_ids)))
+    trainer.loss_module.register_forward_pre_hook(lambda _module, arguments: labels.append(len(arguments[0].label_ids)))
     longest_first = sorted(trainer.training, key=len, reverse=True)
     parameters = list(trainer.parameters.values())
     trials = Trials(
         trainer.config, trainer.world, trainer.loss_module, parameters, trainer.optimizer, longest_first,
-        trainer._pack, largest_step=10_000,
+        trainer._pack, StepTokens(10_000, 10_000, 0),
     )  # fmt: skip
     tokens = len(longest_first[0]) + len(longest_first[1])
     trials.attempt(MicroBatch(tokens, 1), tokens + 3, rows=2)
     assert rows == [tokens + 3] * 2
+    assert labels == [tokens - 2] * 2  # no row of the run has more
     assert all(parameter.grad is None for parameter in parameters)
     assert all(trainer.optimizer.state[parameter]["exp_avg"].eq(0).all() for parameter in parameters)
     trainer.micro_batch = chosen

@@ -48,12 +48,20 @@ def test_longer_beginnings_of_fewer_are_taken_where_they_save_more_than_they_cos
     assert common_prefixes([(1, 2, own, own, own) for own in range(3, 6)]) == [(1, 2)]
 
 
+def shared_lengths(*sequences: list[int]) -> list[int]:
+    """Of examples that have each of these as their prompt but for the last token, eight times."""
+    made = [example([*sequence, 7, 8], len(sequence) + 1) for sequence in sequences for _time in range(8)]
+    return [e.shared_length for e in share_prefixes(made)][::8]
+
+
 def test_long_beginnings_are_cut_so_that_they_stay_a_small_part_of_a_row():
-    long = [tuple(range(600))] * 8
-    assert common_prefixes(long) == [tuple(range(512))]
-    other = [tuple(range(1, 300))] * 8
-    assert sorted(map(len, common_prefixes(long + other))) == [256, 256]
-    assert sorted(map(len, common_prefixes([sequence[:250] for sequence in long + other]))) == [250, 250]
+    long, other, header = list(range(600)), list(range(1, 300)), list(range(100))
+    assert shared_lengths(long) == [512]
+    assert shared_lengths(long, other) == [256, 256]
+    assert shared_lengths(long[:250], other[:250]) == [250, 250]
+    # A header with five tasks behind it, each too long beside the others: the header alone, and all of it.
+    tasks = [header + [1000 * task + token for token in range(300)] for task in range(1, 6)]
+    assert set(shared_lengths(*tasks)) == {100}
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -205,8 +213,10 @@ def test_no_row_has_more_keys_than_that_of_a_trial(seed):
         segments = pack(row, CPU, at_least=budget).segments
         return sum(segments.keys.lengths if segments.keys else segments.lengths)
 
-    trial = keys(first_that_fit(heaviest_first(made), budget))
-    assert max(keys([made[i] for i in batch]) for batch in share_out(made, budget, 1)) <= trial + 350
+    trial = first_that_fit(heaviest_first(made), budget)
+    rows = [[made[i] for i in batch] for batch in share_out(made, budget, 1)]
+    assert max(map(keys, rows)) <= keys(trial) + 350
+    assert max(len(e) for row in rows for e in row) == max(map(len, trial))
 
 
 def test_long_beginnings_of_short_examples_do_not_make_rows_of_too_many_keys():
