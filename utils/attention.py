@@ -2,9 +2,9 @@
 
 Several examples lie one after another in one row; none may see another, but for a beginning that several share, which
 stands in the row once. `packed_attention` has the signature of transformers' attention functions and is registered
-under the name PACKED. On GPUs that have it, torch's variable-length
-flash attention does all examples at once; elsewhere plain scaled_dot_product_attention takes them one by one.
-`attention_forward` and `attention_backward` are the same for layers that do without autograd (utils/fused_layers.py).
+under the name PACKED. On GPUs that have it, torch's variable-length flash attention does all examples at once;
+elsewhere plain scaled_dot_product_attention takes them one by one. `attention_forward` and `attention_backward` are the
+same for layers that do without autograd (utils/fused_layers.py).
 """
 
 import itertools
@@ -76,9 +76,9 @@ class Segments:
         return Segments(self.lengths, self.cumulative.to(device), self.longest, keys)
 
     @property
-    def key_bounds(self) -> torch.Tensor:
-        """As `cumulative`, of what they see."""
-        return self.keys.cumulative if self.keys else self.cumulative
+    def for_flash(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Bounds of the segments and of what they see, and the most that one of either has, as flash attention asks."""
+        return self.cumulative, self.keys.cumulative if self.keys else self.cumulative, self.longest, self.longest
 
 
 def bounds(lengths: Sequence[int]) -> torch.Tensor:
@@ -209,19 +209,8 @@ def _varlen(
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    longest = segments.longest
     # A window of (-1, 0) is causal attention: everything before, nothing after. (The last key is the last query's.)
-    output = varlen_attn(
-        query,
-        key,
-        value,
-        segments.cumulative,
-        segments.key_bounds,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1, 0),
-    )
+    output = varlen_attn(query, key, value, *segments.for_flash, scale=scaling, window_size=(-1, 0))
     return output.unsqueeze(0)
 
 
@@ -243,17 +232,7 @@ def attention_forward(
         return _rows_one_by_one(query, key, value, segments, scale), query.new_empty(0, query.shape[0])
     # torch's own operator beneath varlen_attn, which costs a tenth of a millisecond of Python a call.
     output, log_sum_exp, *_unused = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        segments.cumulative,
-        segments.key_bounds,
-        segments.longest,
-        segments.longest,
-        0.0,
-        True,
-        False,
-        scale=scale,
+        query, key, value, *segments.for_flash, 0.0, True, False, scale=scale
     )
     return output, log_sum_exp
 
@@ -280,10 +259,7 @@ def attention_backward(
             value,
             output,
             log_sum_exp,
-            segments.cumulative,
-            segments.key_bounds,
-            segments.longest,
-            segments.longest,
+            *segments.for_flash,
             0.0,
             True,
             dropout_state,

@@ -16,6 +16,7 @@ import torch
 from utils.activations import HostMemory, MicroBatch
 from utils.distributed import World, from_main, same_on_all
 from utils.memory import give_back, give_back_host, wait_for
+from utils.packing import StepTokens
 
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU: enough to fill it, few enough to stay in its caches."""
@@ -72,9 +73,7 @@ class Search:
 
     Attributes:
         longest_example: its tokens.
-        largest_step: most tokens of a step, this process's share.
-        mean_step: tokens of a usual step, likewise.
-        shared: of a step's tokens, those that any of its rows may have (see ft_datasets/shared_prefixes.py).
+        step: what this process has of a step.
         kept_counts: how many layers may keep their activations, in ascending order; the last number is all.
         try_step: makes rows, so many tokens each and so many of them, go forward and backward as a micro-batch says;
             raises OutOfMemoryError.
@@ -84,9 +83,7 @@ class Search:
 
     world: World
     longest_example: int
-    largest_step: int
-    mean_step: int
-    shared: int
+    step: StepTokens
     kept_counts: Sequence[int]
     try_step: Callable[[MicroBatch, int, int], None]
     is_sharded: bool = False
@@ -126,9 +123,11 @@ class Search:
         all of them, at the end: it needs room for a layer, which the largest may not have, and gives more than smaller
         ones lose. (What was pinned last is what the first step finds.)
         """
-        budgets, every_layer = self._token_budgets(self.largest_step), self.kept_counts[-1]
+        budgets, every_layer = self._token_budgets(self.step.largest), self.kept_counts[-1]
         cards = len(self.world.devices)
-        tried = [(budget, rows_together(cards, rows_of(self.largest_step, budget, self.shared))) for budget in budgets]
+        tried = [
+            (budget, rows_together(cards, rows_of(self.step.largest, budget, self.step.shared))) for budget in budgets
+        ]
         if cards > 1:
             tried.append((budgets[-1], 1))
         best, best_speed = MicroBatch(budgets[-1], self.kept_counts[0]), 0.0
@@ -184,7 +183,7 @@ class Search:
             start, slope = (line[least] + share * (line[some] - line[least]) for line in (fixed, growth))
             return start + slope * tokens
 
-        budgets = self._token_budgets(self.largest_step)
+        budgets = self._token_budgets(self.step.largest)
         fitting = [MicroBatch(b, kept) for b in budgets for kept in kept_counts if estimate(b, kept) <= limit]
         layers = max(1, kept_counts[-1])
         return max(
@@ -201,7 +200,7 @@ class Search:
         return micro_batch._replace(token_budget=self.longest_example)
 
     def _token_budgets(self, step: int) -> list[int]:
-        return token_budgets(self.longest_example, step, self.shared)
+        return token_budgets(self.longest_example, step, self.step.shared)
 
     def _most_kept_layers(self, micro_batch: MicroBatch) -> int | None:
         """The most of `kept_counts` that fits; None = not even the least does."""
@@ -268,11 +267,12 @@ class Search:
 
     def _speed(self, micro_batch: MicroBatch) -> float:
         """Tokens/s of a usual step's rows, the shared ones not counted; 0 = out of memory."""
-        rows = rows_of(self.mean_step, micro_batch.token_budget, self.shared)
-        tokens = max(self.longest_example, math.ceil((self.mean_step - self.shared) / rows) + self.shared)
+        _largest, mean, shared = self.step
+        rows = rows_of(mean, micro_batch.token_budget, shared)
+        tokens = max(self.longest_example, math.ceil((mean - shared) / rows) + shared)
         together = min(rows, micro_batch.rows)
         seconds = measure(self.world, functools.partial(self.try_step, micro_batch, tokens, together))
-        return (tokens - self.shared) * together / seconds if seconds else 0.0
+        return (tokens - shared) * together / seconds if seconds else 0.0
 
 
 def _cache_file(kind: str) -> Path:

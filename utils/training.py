@@ -136,7 +136,7 @@ class Trainer:
         search = Search(
             self.world,
             self.longest,
-            *step,
+            step,
             kept_counts,
             trials.attempt,
             is_sharded(self.loss_module),

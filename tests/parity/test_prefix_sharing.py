@@ -5,15 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from flash_on_cpu import use_flash_on_cpu
 from test_fused_layers import adapted_model
 from torch._dynamo.utils import counters
-from torch.nn.functional import scaled_dot_product_attention
 from trainers import make_trainer, train
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example
-from utils import attention
 from utils.adapters import add_adapter, prepare_full, trainable_parameters
 from utils.fused_layers import FusedLayers
 from utils.llama import load_base_model
@@ -78,21 +77,10 @@ def test_full_fine_tuning_and_llama_adapter_learn_the_same(grouped_model):
     check_equal(ResponseLoss(model, torch.float32))
 
 
-def varlen(query, key, value, segments, scaling):
-    """What flash attention computes, from the bounds alone: the last key of a segment is the last query's."""
-    queries, keys = torch.arange(query.shape[2], dtype=torch.int32), torch.arange(key.shape[2], dtype=torch.int32)
-    of_query = torch.searchsorted(segments.cumulative, queries, right=True)
-    of_key = torch.searchsorted(segments.key_bounds, keys, right=True)
-    to_end = segments.cumulative[of_query] - queries, segments.key_bounds[of_key] - keys
-    mask = (of_query[:, None] == of_key) & (to_end[0][:, None] <= to_end[1])
-    return scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2)
-
-
 @pytest.mark.filterwarnings("ignore")  # of torch, about torch
 def test_compiled_layers_take_any_number_of_examples_and_prefixes(tiny_model, monkeypatch):
     """Full fine-tuning in bf16, with a kernel for all examples at once."""
-    monkeypatch.setattr(attention, "_varlen", varlen)
-    monkeypatch.setattr(attention, "has_varlen", lambda _device, dtype: dtype == torch.bfloat16)
+    use_flash_on_cpu(monkeypatch)
     base = load_base_model(ModelFolder(tiny_model), torch.float32, [CPU])
     module = ResponseLoss(prepare_full(base, TrainingConfig()), torch.bfloat16)
     rows = [(7, 7), (7, 3, 3, 0, 7), (3, 3, 3), (9, 9, 9, 9, 9, 0, 0)]

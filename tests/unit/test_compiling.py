@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from flash_on_cpu import use_flash_on_cpu
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.nn.functional import scaled_dot_product_attention
 from trainers import made_up_examples
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
-from utils import attention
 from utils.activations import Kept
 from utils.adapters import add_adapter, prepare_full
 from utils.attention import Segments
@@ -68,20 +67,12 @@ def compile_without_kernels(model: nn.Module) -> None:
 @pytest.mark.parametrize("has_varlen", [False, True])
 def test_rows_of_any_number_of_examples_share_their_code(tiny_model, monkeypatch, has_varlen):
     """Full fine-tuning in bf16 over fp32 weights, with and without a kernel for all examples at once."""
-
-    def varlen(query, key, value, segments, scaling):
-        length = query.shape[2]
-        number = torch.searchsorted(segments.cumulative, torch.arange(length, dtype=torch.int32), right=True)
-        mask = (number[:, None] == number).tril()
-        return scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2)
-
     base = load_base_model(ModelFolder(tiny_model), torch.float32, [CPU])
     losses = ResponseLoss(base, torch.bfloat16), ResponseLoss(prepare_full(base, TrainingConfig()), torch.bfloat16)
     batches = [pack(made_up_examples()[:count], CPU, longest=40) for count in (2, 3, 5, 8, 7)]
     plain = [losses[0](batch, 1.0).item() for batch in batches]
     if has_varlen:
-        monkeypatch.setattr(attention, "_varlen", varlen)
-        monkeypatch.setattr(attention, "has_varlen", lambda _device, dtype: dtype == torch.bfloat16)
+        use_flash_on_cpu(monkeypatch)
     compile_without_kernels(losses[1].model)
     counters.clear()
     assert losses[1](batches[0], 1.0).item() == pytest.approx(plain[0], rel=0.01)

@@ -9,6 +9,7 @@ from utils import micro_batch
 from utils.activations import HostMemory, MicroBatch
 from utils.distributed import World
 from utils.micro_batch import Search, rows_of, rows_together, token_budgets
+from utils.packing import StepTokens
 
 LAYERS = 32
 CARD = World(0, 0, 1, [torch.device("cuda", 0)])
@@ -40,7 +41,7 @@ class Card:
     def asked(
         self, longest=500, largest=8000, mean=8000, kept=range(LAYERS + 1), world=CARD, shared=0, **more
     ) -> Search:
-        return Search(world, longest, largest, mean, shared, kept, self.try_step, **more)
+        return Search(world, longest, StepTokens(largest, mean, shared), kept, self.try_step, **more)
 
 
 def test_sizes_are_the_largest_step_in_equal_parts():
