@@ -79,18 +79,25 @@ def test_totals_of_the_micro_batches_are_nearly_equal():
     assert max(totals) - min(totals) < 0.02 * max(totals)
 
 
-def share_out_plainly(lengths: list[int], token_budget: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
-    """The rule as it reads, without a heap: more and more micro-batches, until the longest-first order fits."""
-    most = micro_batch_size or len(lengths)
+def share_out_plainly(examples: list[Example], budget: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
+    """The rule as it reads, without a heap: more and more micro-batches, until the heaviest-first order fits."""
+
+    def tokens(batch: list[int]) -> int:
+        """Its prefixes once, of each example its own tokens, or half of all if that is more."""
+        prefixes = {examples[i].prefix: examples[i].shared_length for i in batch}
+        return sum(prefixes.values()) + sum(max(examples[i].own_length, (len(examples[i]) + 1) // 2) for i in batch)
+
+    most = micro_batch_size or len(examples)
     count = world_size
-    while count * token_budget < sum(lengths):
+    while count * budget < tokens(range(len(examples))):
         count += world_size
     while True:
         batches = [[] for _ in range(count)]
-        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            totals = [sum(lengths[j] for j in batch) for batch in batches]
-            chosen = min((b for b in range(count) if len(batches[b]) < most), key=lambda b: totals[b], default=None)
-            if chosen is None or (totals[chosen] and totals[chosen] + lengths[i] > token_budget):
+        for i in sorted(range(len(examples)), key=lambda i: -tokens([i]) + examples[i].shared_length):
+            chosen = min(
+                (b for b in range(count) if len(batches[b]) < most), key=lambda b: tokens(batches[b]), default=None
+            )
+            if chosen is None or (batches[chosen] and tokens([*batches[chosen], i]) > budget):
                 break
             batches[chosen].append(i)
         else:
@@ -102,9 +109,9 @@ def share_out_plainly(lengths: list[int], token_budget: int, world_size: int, mi
 def test_sharing_out_follows_its_rule(seed):
     chooser = random.Random(seed)
     longest = chooser.choice([3, 60, 300])
-    lengths = [chooser.randint(1, longest) for _ in range(chooser.randint(1, 30))]
+    examples = of_lengths([chooser.randint(1, longest) for _ in range(chooser.randint(1, 30))])
     arguments = chooser.choice([20, 100, 400, 3000]), chooser.randint(1, 3), chooser.choice([0, 0, 1, 2, 5])
-    assert share_out(of_lengths(lengths), *arguments) == share_out_plainly(lengths, *arguments)
+    assert share_out(examples, *arguments) == share_out_plainly(examples, *arguments)
 
 
 @pytest.mark.parametrize(("budget", "micro_batch_size"), [(4096, 1), (4096, 0), (100_000, 0)])

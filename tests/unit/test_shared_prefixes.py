@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from test_packing import share_out_plainly
 
 from ft_datasets.alpaca_dataset import Example, encode_records, load_records
 from ft_datasets.prompt import PromptTemplate
@@ -126,31 +127,6 @@ def test_a_beginning_that_one_of_a_row_has_is_no_exception():
     assert pack([example([1, 10, 11], 2)], CPU).segments.keys is None
 
 
-def share_out_plainly(examples: list[Example], budget: int, world_size: int, most: int) -> list[list[int]]:
-    """The rule as it reads: more and more micro-batches, until the longest-first order fits."""
-
-    def tokens(batch: list[int]) -> int:
-        """Its prefixes once, of each example its own tokens, or half of all if that is more."""
-        prefixes = {examples[i].prefix: examples[i].shared_length for i in batch}
-        return sum(prefixes.values()) + sum(max(examples[i].own_length, (len(examples[i]) + 1) // 2) for i in batch)
-
-    count = world_size
-    while count * budget < tokens(range(len(examples))):
-        count += world_size
-    while True:
-        batches = [[] for _ in range(count)]
-        for i in sorted(range(len(examples)), key=lambda i: -tokens([i]) + examples[i].shared_length):
-            chosen = min(
-                (b for b in range(count) if len(batches[b]) < most), key=lambda b: tokens(batches[b]), default=None
-            )
-            if chosen is None or (batches[chosen] and tokens([*batches[chosen], i]) > budget):
-                break
-            batches[chosen].append(i)
-        else:
-            return [sorted(batch) for batch in batches]
-        count += world_size
-
-
 @pytest.mark.parametrize("seed", range(60))
 def test_a_beginning_counts_once_in_a_micro_batch(seed):
     chooser = random.Random(seed)
@@ -162,7 +138,7 @@ def test_a_beginning_counts_once_in_a_micro_batch(seed):
         made.append(example(beginning + own, len(beginning) + 1, len(beginning)))
     budget, world_size, most = chooser.choice([80, 200, 1000]), chooser.randint(1, 3), chooser.choice([4, 1000])
     batches = share_out(made, budget, world_size, 0 if most == 1000 else most)
-    assert batches == share_out_plainly(made, budget, world_size, most)
+    assert batches == share_out_plainly(made, budget, world_size, 0 if most == 1000 else most)
     for batch in batches:
         if batch:
             packed = pack([made[i] for i in batch], CPU)
