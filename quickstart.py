@@ -20,7 +20,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from configs.errors import run_main
 from configs.messages import _
@@ -139,19 +139,23 @@ def make_base(corpus: list[dict[str, str]]) -> None:
 
 
 def train_tokenizer(corpus: list[dict[str, str]], folder: Path) -> None:
-    """A SentencePiece BPE with byte fallback and Llama 2's special ids, learnt from the corpus."""
-    import sentencepiece
-
+    """A tokenizer learnt from the corpus."""
     template = PromptTemplate()
     texts = [template.render(entry["instruction"], entry["input"]) + entry["output"] for entry in corpus]
     folder.mkdir()
+    train_sentencepiece(texts, folder, TINY["vocab_size"], character_coverage=0.995)
+
+
+def train_sentencepiece(texts: list[str], folder: Path, vocab_size: int, **more: Any) -> None:
+    """A BPE tokenizer of Llama 2's kind: byte fallback, identity normalisation, <unk> <s> </s> at 0, 1, 2."""
+    import sentencepiece
+
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
-        vocab_size=TINY["vocab_size"],
+        vocab_size=vocab_size,
         byte_fallback=True,
-        character_coverage=0.995,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         split_digits=True,
@@ -160,6 +164,7 @@ def train_tokenizer(corpus: list[dict[str, str]], folder: Path) -> None:
         eos_id=2,
         pad_id=-1,
         minloglevel=2,
+        **more,
     )
     (folder / "tokenizer.vocab").unlink()
 

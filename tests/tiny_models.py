@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from quickstart import train_sentencepiece
+
 TEXTS = [
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
     "### Instruction:\n你好，请介绍一下你自己。\n\n### Input:\n今天天气很好\n\n### Response:\n",
@@ -9,28 +11,6 @@ TEXTS = [
     "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。 2024 年 3 月 15 日，气温 21.5 ℃。",
     "The quick brown fox jumps over the lazy dog. for i in range(10): print(i)",
 ] * 20
-
-
-def train_sentencepiece(folder: Path) -> None:
-    """A BPE tokenizer of Llama 2's kind: byte fallback, identity normalisation, <unk> <s> </s> at 0, 1, 2."""
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=600,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.vocab").unlink()
 
 
 def make_model(
@@ -74,7 +54,7 @@ def make_model(
             elif "norm" in name and random_norms:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
-    train_sentencepiece(folder)
+    train_sentencepiece(TEXTS, folder, vocab_size=600)
     return folder
 
 
