@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from utils.attention import ROW_MULTIPLE
 from utils.memory import pinned_for
+from utils.segments import ROW_MULTIPLE
 
 
 class Activations:

@@ -4,7 +4,7 @@ docs/benchmarks.md sets estimates beside measurements; every run on a GPU prints
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from configs.training import TrainingConfig
@@ -13,7 +13,6 @@ from utils.layer_memory import LAYERS, Kind, has_wide_stream, kind_of
 from utils.llama import causal_lm
 from utils.loss import CHUNK
 from utils.optimization import BytesEach
-from utils.packing import keys_per_token
 from utils.shape import Shape, adapter_parameters, trained_modules
 from utils.sharding import sharding_group_size
 
@@ -75,7 +74,6 @@ def estimate(
     cards: int = 1,
     shards: int = 1,
     step: float = math.inf,
-    keys: float = 1.0,
 ) -> Estimate:
     """Memory of one process.
 
@@ -86,13 +84,10 @@ def estimate(
             that keep most.
         shards: processes that share weights, gradients and optimizer out (FSDP; see sharding_group_size).
         step: the process's tokens of a step: where they are one micro-batch, gradients come only while activations go.
-        keys: that attention has for each token of a row, more than one where examples share their beginning.
     """
     weights, trained, layers, copy = _held(config, shape, compute_bytes, cards)
     gathered, in_transit = _in_passing(config, shape, compute_bytes) if config.enable_fsdp else (0.0, 0.0)
     each, layer = BytesEach.of(config), LAYERS[kind](config, shape, compute_bytes)
-    if kind in ("plain", "compiled plain"):  # the fused layers make them anew
-        layer = replace(layer, kept=layer.kept + compute_bytes * 2 * shape.query * (keys - 1))
     rows, tokens, kept = micro_batch.rows, micro_batch.token_budget, min(micro_batch.kept_layers, layers)
     in_transfer = min(1, micro_batch.offloads(layers - kept))  # the last offloaded layer's, when the forward pass ends
     activations = rows * tokens * ((kept + in_transfer) * layer.kept + (layers - kept) * layer.recomputed)
@@ -174,5 +169,4 @@ def estimate_of_run(trainer: "Trainer") -> Estimate:
         cards=len(trainer.world.devices),
         shards=sharding_group_size(config.fsdp_config, trainer.world.size) if config.enable_fsdp else 1,
         step=trainer.largest_step,
-        keys=keys_per_token(trainer.training),
     )

@@ -18,7 +18,8 @@ import torch
 from torch import library
 from torch.nn.functional import silu
 
-from utils.attention import Segments, attention_backward, attention_forward
+from utils.attention import attention_backward, attention_forward
+from utils.segments import Segments
 
 Tensors = tuple[torch.Tensor, ...]
 

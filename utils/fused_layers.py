@@ -15,10 +15,11 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from utils import fused_arithmetic
 from utils.activations import Activations
-from utils.attention import Segments, has_varlen
+from utils.attention_kernels import varlen_kernel
 from utils.fused_arithmetic import Group, LayerShape, LayerWeights, Linear, Row, Saved
 from utils.llama import causal_lm
 from utils.quantization import QuantizedLinear, as_stored
+from utils.segments import Segments
 
 ALIGNED = 8
 """The matrix library's fast kernels want rows of a multiple of so many numbers."""
@@ -29,8 +30,8 @@ gate/up, SiLU, down, residual."""
 
 def why_not(config: TrainingConfig, model: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:
     """Why these layers can't stand in for those of a model with such a config.json; '' if they can."""
-    if not has_varlen(device, dtype):
-        return _("it needs bf16 or fp16 on an NVIDIA card of the Ampere generation or newer")
+    if not varlen_kernel(device, dtype):
+        return _("it needs bf16 or fp16 on an NVIDIA card, a P100 or newer")
     if model["model_type"] not in MODEL_TYPES or model.get("hidden_act", "silu") not in ("silu", "swish"):
         return _("it does not know models of the type {type}", type=model["model_type"])
     if not config.use_peft or config.peft_method != "lora":

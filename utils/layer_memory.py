@@ -41,7 +41,7 @@ def plain(config: TrainingConfig, shape: Shape, compute_bytes: int) -> LayerMemo
     norms = 2 * (4 + (4 if is_wide else c) * trains_norms) * h
     if shape.head_norms:
         norms += (4 + c * trains_norms) * (shape.query + shape.key_value)
-    attention = c * 4 * shape.query + 4 * shape.heads  # all heads' queries, keys, values, outputs
+    attention = c * (2 * shape.query + 2 * shape.key_value) + 4 * shape.heads  # queries, keys, values, outputs
     mlp = c * 3 * i  # gate, its activation, up
     inputs = _inputs(config, shape, c, is_copied)
     # Autograd lets go of what it has used, so little comes on top: a gradient as wide as the MLP, two of the stream.
@@ -57,7 +57,7 @@ def compiled_plain(config: TrainingConfig, shape: Shape, compute_bytes: int) -> 
     """The same modules as torch.compile cuts them in two (a test counts); norms and activations are computed again."""
     layer, c = plain(config, shape, compute_bytes), compute_bytes
     stream = layer.recomputed + c * shape.hidden  # the input, and what attention adds to it
-    attention = c * 4 * shape.query + 4 * shape.heads
+    attention = c * (2 * shape.query + 2 * shape.key_value) + 4 * shape.heads
     if shape.head_norms:
         attention += c * (shape.query + shape.key_value)  # queries and keys before their norms
     mlp = c * 2 * shape.intermediate  # gate and up

@@ -18,9 +18,10 @@ from configs.messages import _
 from configs.quantization import Quantization
 from utils import attention
 from utils.activations import Activations, Kept, Recomputed
-from utils.attention import PastKeyValues, Segments
+from utils.attention import PastKeyValues
 from utils.model_folder import ModelFolder
 from utils.quantization import QuantizedLinear, quantize_linears
+from utils.segments import Segments
 
 RunLayer = Callable[..., torch.Tensor]
 """A function with the arguments of `run_plain`."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, pad
 
-from utils.attention import ROW_MULTIPLE
+from utils.segments import ROW_MULTIPLE
 
 CHUNK = 1024
 """Rows of logits in memory at a time; a large vocabulary takes 150,000 numbers a row."""

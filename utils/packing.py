@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ft_datasets.alpaca_dataset import Example
-from utils.attention import ROW_MULTIPLE, Keys, Segments, bounds
+from utils.segments import ROW_MULTIPLE, Keys, Segments, bounds
 
 
 def seed_of(*parts: int) -> int:
@@ -146,11 +146,6 @@ def first_that_fit(examples: Iterable[Example], token_budget: int) -> list[Examp
 def _added(example: Example, present: set[bytes]) -> int:
     """What an example counts in a micro-batch where some prefixes are present."""
     return example.weight + (0 if example.prefix in present else example.shared_length)
-
-
-def keys_per_token(examples: Sequence[Example]) -> float:
-    """How many keys attention has for each token of a full row of such examples, on average."""
-    return sum(map(len, examples)) / sum(example.weight for example in examples)
 
 
 class StepTokens(NamedTuple):

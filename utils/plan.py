@@ -27,7 +27,7 @@ from utils.metrics import duration
 from utils.micro_batch import CPU_TOKENS, relative_speed, rows_of, rows_together, token_budgets
 from utils.model_folder import ModelFolder
 from utils.optimization import BytesEach, check_optimizer
-from utils.packing import Schedule, keys_per_token, tokens_of_a_step
+from utils.packing import Schedule, tokens_of_a_step
 from utils.precision import choose_precision
 from utils.saving import SHARD_BYTES
 from utils.shape import Shape, trained_parameters
@@ -108,7 +108,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     tokens = round(sum(map(len, data.training)) * epochs)
     available = _memory_available(config, device, cards)
     longest = data.longest
-    step, keys = tokens_of_a_step(data.training, schedule, processes), keys_per_token(data.training)
+    step = tokens_of_a_step(data.training, schedule, processes)
     is_compiled = should_compile(config.torch_compile, device, step.mean * processes * schedule.total_steps)
 
     def kind(variant: TrainingConfig) -> Kind:
@@ -127,8 +127,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
             ]
         size, of_layers = precision.compute.itemsize, kind(variant)
         found = [
-            (estimate(variant, shape, size, of_layers, each, cards, processes, step.largest, keys), each)
-            for each in tried
+            (estimate(variant, shape, size, of_layers, each, cards, processes, step.largest), each) for each in tried
         ]
         fitting = [candidate for candidate in found if candidate[0].needed <= available]
         parts, best = max(

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import library, nn
+from torch import nn
 
 from configs.errors import UserError
 from configs.messages import _
 from configs.quantization import Quantization
+from utils.copy_after import copy_after
 
 NF4_BLOCK = 64
 """Weights that share one scale (QLoRA's setting)."""
@@ -22,17 +23,6 @@ ABSMAX_BLOCK = 256
 """Scales that share one scale of their own (double quantisation)."""
 
 Dequantize = Callable[..., torch.Tensor]
-
-
-@library.custom_op("llama2_chinese::copy_after", mutates_args=())
-def copy_after(tensor: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
-    """A copy of `tensor` that nobody can make before `earlier` is there."""
-    return tensor.clone()
-
-
-@copy_after.register_fake
-def _copy_after_shape(tensor: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor)
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -67,7 +57,6 @@ class FrozenMatmul(torch.autograd.Function):
             grad_b = grad_output.flatten(0, -2).t() @ narrow.flatten(0, -2)
         if ctx.needs_input_grad[0]:
             if torch.compiler.is_compiling() and len(stored) > 1:
-                # A compiler sees the same weight made twice and would keep the first, all layers' beside one another.
                 stored[1] = copy_after(stored[1], grad_output)
             grad_x = grad_output @ ctx.dequantize(grad_output.dtype, *stored)
         return grad_x, grad_narrow, grad_b, None, *(None for _tensor in stored)

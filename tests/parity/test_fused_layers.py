@@ -11,12 +11,12 @@ from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from utils.activations import MicroBatch
 from utils.adapters import add_adapter, trainable_parameters
-from utils.attention import Segments
 from utils.checkpoint import read_checkpoint
 from utils.fused_layers import FusedLayers, why_not
 from utils.llama import causal_lm, forward_hidden, load_base_model, run_plain
 from utils.model_folder import ModelFolder
 from utils.precision import Precision
+from utils.segments import Segments
 
 CPU = torch.device("cpu")
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
@@ -29,10 +29,10 @@ def deep_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("models") / "deep", layers=6)
 
 
-def adapted_model(folder, targets, quantization=None):
+def adapted_model(folder, targets, quantization=None, dtype=torch.float32):
     """A model with an adapter whose B is not zero, so that A gets a gradient too."""
     config = TrainingConfig(use_peft=True, lora_config=LoraConfig(r=4, lora_alpha=6, target_modules=targets))
-    model = add_adapter(load_base_model(ModelFolder(folder), torch.float32, [CPU], quantization), config)
+    model = add_adapter(load_base_model(ModelFolder(folder), dtype, [CPU], quantization), config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in trainable_parameters(model).items():
         if "lora_B" in name:

@@ -6,13 +6,13 @@ import torch
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from utils.adapters import add_adapter, trainable_parameters
-from utils.attention import Segments
 from utils.distributed import World
 from utils.fused_layers import FusedLayers
 from utils.llama import causal_lm, forward_hidden, load_base_model
 from utils.lora import add_before_rounding
 from utils.model_folder import ModelFolder
 from utils.precision import Precision
+from utils.segments import Segments
 from utils.trainable import load_trainable
 
 CPU = torch.device("cpu")

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.errors import UserError
 from ft_datasets.tokenizer import Tokenizer
-from utils.attention import KeyValueCache, Segments
+from utils.attention import KeyValueCache
 from utils.llama import forward_hidden, load_base_model, logits
 from utils.model_folder import ModelFolder
+from utils.segments import Segments
 
 CPU = torch.device("cpu")
 FOLDERS = pytest.mark.parametrize("folder_name", ["tiny_model", "grouped_model", "mistral_model", "qwen3_model"])

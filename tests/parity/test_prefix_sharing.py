@@ -5,16 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flash_on_cpu import use_flash_on_cpu
 from test_fused_layers import adapted_model
 from torch._dynamo.utils import counters
 from trainers import make_trainer, train
+from varlen_on_cpu import use_varlen_on_cpu
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example
 from utils.adapters import add_adapter, prepare_full, trainable_parameters
-from utils.fused_layers import FusedLayers
+from utils.attention_kernels import EFFICIENT, FLASH
+from utils.fused_layers import Functions, FusedLayers
 from utils.llama import load_base_model
 from utils.model_folder import ModelFolder
 from utils.packing import pack
@@ -78,23 +79,33 @@ def test_full_fine_tuning_and_llama_adapter_learn_the_same(grouped_model):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about torch
-def test_compiled_layers_take_any_number_of_examples_and_prefixes(tiny_model, monkeypatch):
-    """Full fine-tuning in bf16, with a kernel for all examples at once."""
-    use_flash_on_cpu(monkeypatch)
-    base = load_base_model(ModelFolder(tiny_model), torch.float32, [CPU])
-    module = ResponseLoss(prepare_full(base, TrainingConfig()), torch.bfloat16)
+@pytest.mark.parametrize("kernel", [FLASH, EFFICIENT], ids=["flash", "efficient"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_layers_take_any_number_of_examples_and_prefixes(grouped_model, monkeypatch, kernel, fused):
+    """Full fine-tuning and LoRA in bf16, with a kernel for all examples at once."""
+    use_varlen_on_cpu(monkeypatch, kernel)
+    if fused:
+        model = adapted_model(grouped_model, ["all-linear"], dtype=torch.bfloat16)
+        module = ResponseLoss(model, torch.bfloat16, FusedLayers(model, torch.bfloat16))
+    else:
+        base = load_base_model(ModelFolder(grouped_model), torch.float32, [CPU])
+        module = ResponseLoss(prepare_full(base, TrainingConfig()), torch.bfloat16)
+    module.refresh()
     rows = [(7, 7), (7, 3, 3, 0, 7), (3, 3, 3), (9, 9, 9, 9, 9, 0, 0)]
     expected = [loss_and_gradients(module, examples_with_prefixes(row)) for row in rows]
     torch._dynamo.reset()
-    for layer in module.model.model.layers:
-        layer.compile(dynamic=True, backend="aot_eager_decomp_partition")
     counters.clear()
+    if fused:
+        module.fused.functions = Functions(*(torch.compile(f, backend="aot_eager") for f in module.fused.functions))
+    else:
+        for layer in module.model.model.layers:
+            layer.compile(dynamic=True, backend="aot_eager_decomp_partition")
     for row, (loss, gradients) in zip(rows, expected, strict=True):
         found, found_gradients = loss_and_gradients(module, examples_with_prefixes(row))
         assert found == pytest.approx(loss, rel=0.01)
         for name, gradient in gradients.items():
             assert (found_gradients[name] - gradient).norm() < 0.05 * gradient.norm(), name
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == (2 if fused else 1)
     torch._dynamo.reset()
 
 

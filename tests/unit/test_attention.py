@@ -6,18 +6,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from trainers import make_trainer
+from varlen_on_cpu import use_varlen_on_cpu
 
 from utils import attention
 from utils.attention import (
-    Keys,
     KeyValueCache,
     Prefix,
-    Segments,
     attention_backward,
     attention_forward,
     packed_attention,
 )
+from utils.attention_kernels import EFFICIENT, FLASH
 from utils.response_loss import ResponseLoss
+from utils.segments import Keys, Segments
 
 HEAD_DIM = 8
 LAYER = SimpleNamespace(layer_idx=0)
@@ -75,7 +76,7 @@ def test_without_segments_the_row_is_one(heads, kv_heads):
 def test_over_fp32_weights_attention_gets_what_flash_attention_takes(tiny_model, tmp_path, monkeypatch, use_peft):
     """It takes 16 bits alone, and rotated queries over fp32 weights are fp32 under autocast."""
     trainer, asked = make_trainer(tiny_model, tmp_path, use_peft=use_peft), set()
-    monkeypatch.setattr(attention, "has_varlen", lambda _device, dtype: bool(asked.add(dtype)))
+    monkeypatch.setattr(attention, "varlen_kernel", lambda _device, dtype: asked.add(dtype))
     loss_module = ResponseLoss(trainer.model, torch.bfloat16)
     loss_module(trainer._pack(trainer.training), 1.0).backward()
     assert asked == {torch.bfloat16}
@@ -104,7 +105,7 @@ SHARED = Segments.of(
     torch.device("cpu"),
     keys=Keys(
         [2, 5, 3, 2],
-        torch.tensor([0, 2, 7, 10, 12]),
+        torch.tensor([0, 2, 7, 10, 12], dtype=torch.int32),
         torch.tensor([0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 7]),
         torch.tensor([[0, 1], [2, 3], [7, 8]]),
         torch.tensor([4, 5, 6, 9, 10, 11]),
@@ -140,6 +141,27 @@ def test_passes_called_by_hand_are_those_of_autograd(heads, kv_heads):
         gradients = attention_backward(upstream[0], *by_rows, by_hand, statistics, segments, 1 / math.sqrt(HEAD_DIM))
         for gradient, state in zip(gradients, states, strict=True):
             torch.testing.assert_close(gradient, state.grad[0].transpose(0, 1))
+
+
+@SHAPES
+@pytest.mark.parametrize("kernel", [FLASH, EFFICIENT], ids=["flash", "efficient"])
+def test_kernels_of_a_card_are_asked_for_the_same(heads, kv_heads, kernel, monkeypatch):
+    """In bf16, by a formula in the place of the card's operators; with autograd, and by hand."""
+    use_varlen_on_cpu(monkeypatch, kernel)
+    for segments in (SHARED, Segments.of([3, 5], torch.device("cpu")), Segments.of([1, 6, 1], torch.device("cpu"), 40)):
+        ours = [x.detach().bfloat16().requires_grad_() for x in random_states(heads, kv_heads, 8)]
+        plain = [x.detach().double().requires_grad_() for x in ours]
+        upstream = torch.randn(1, 8, heads, HEAD_DIM, generator=torch.Generator().manual_seed(3)).bfloat16()
+        output, _ = packed_attention(LAYER, *ours, segments=segments, scaling=0.3)
+        expected, _ = packed_attention(LAYER, *plain, segments=segments, scaling=0.3)
+        torch.testing.assert_close(output, expected, check_dtype=False, rtol=0.02, atol=0.02)
+        output.backward(upstream)
+        expected.backward(upstream.double())
+        by_rows = [x.detach()[0].transpose(0, 1) for x in ours]
+        by_hand = attention_backward(upstream[0], *by_rows, *attention_forward(*by_rows, segments, 0.3), segments, 0.3)
+        for mine, hand, theirs in zip(ours, by_hand, plain, strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, check_dtype=False, rtol=0.03, atol=0.03)
+            assert torch.equal(mine.grad[0].transpose(0, 1), hand)
 
 
 @SHAPES

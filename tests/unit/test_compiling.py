@@ -2,20 +2,20 @@
 
 import pytest
 import torch
-from flash_on_cpu import use_flash_on_cpu
 from torch import nn
 from torch._dynamo.utils import counters
 from trainers import made_up_examples
+from varlen_on_cpu import use_varlen_on_cpu
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from utils.activations import Kept
 from utils.adapters import add_adapter, prepare_full
-from utils.attention import Segments
 from utils.llama import causal_lm, forward_hidden, load_base_model, run_plain
 from utils.model_folder import ModelFolder
 from utils.packing import pack
 from utils.response_loss import ResponseLoss
+from utils.segments import Segments
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def test_rows_of_any_number_of_examples_share_their_code(tiny_model, monkeypatch
     batches = [pack(made_up_examples()[:count], CPU, longest=40) for count in (2, 3, 5, 8, 7)]
     plain = [losses[0](batch, 1.0).item() for batch in batches]
     if has_varlen:
-        use_flash_on_cpu(monkeypatch)
+        use_varlen_on_cpu(monkeypatch)
     compile_without_kernels(losses[1].model)
     counters.clear()
     assert losses[1](batches[0], 1.0).item() == pytest.approx(plain[0], rel=0.01)

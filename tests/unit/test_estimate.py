@@ -7,19 +7,18 @@ import numpy as np
 import pytest
 import torch
 from settings import ALL, FULL, LLAMA_7B, LORA, world
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trainers import make_trainer, train
 from transformers import LlamaConfig, LlamaForCausalLM
+from varlen_on_cpu import use_varlen_on_cpu
 
 from configs.fsdp import FsdpConfig
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example
-from utils import attention, report
+from utils import report
 from utils.activations import MicroBatch
-from utils.attention import Segments
 from utils.distributed import World
 from utils.estimate import WORKSPACES, estimate, estimate_of_run
 from utils.layer_memory import LAYERS, LayerMemory, fused, kind_of
@@ -27,8 +26,9 @@ from utils.llama import causal_lm
 from utils.memory import forget_peak
 from utils.model_folder import ModelFolder
 from utils.optimization import BytesEach
-from utils.packing import keys_per_token, pack
+from utils.packing import pack
 from utils.precision import Precision
+from utils.segments import Segments
 from utils.shape import Shape, trained_parameters
 from utils.trainable import load_trainable
 
@@ -188,28 +188,20 @@ def test_the_plain_layers_activations_are_those_that_autograd_keeps(request, mod
     expected = LAYERS["plain"](config, shape, 2).kept + 2 * shape.query * has_copy
     if config.lora_config.lora_dropout:
         expected += sum(width for width, _out in shape.linears().values())
-    # Elsewhere every head has keys and values of its own.
-    expected -= 2 * 2 * (shape.query - shape.key_value)
     assert counted == pytest.approx(expected, rel=0.02)
 
 
-def test_keys_and_values_of_shared_beginnings_are_kept_for_each_that_shares_them(tiny_model, monkeypatch):
-    """By a stand-in for flash attention that keeps keys and values as it does."""
-
-    def varlen(query, key, value, _segments, _scaling):
-        return (query * (key * value).sum(dim=2, keepdim=True)).transpose(1, 2)
-
-    monkeypatch.setattr(attention, "_varlen", varlen)
-    monkeypatch.setattr(attention, "has_varlen", lambda _device, dtype: dtype == torch.bfloat16)
+@pytest.mark.filterwarnings("ignore")  # of torch, about torch
+@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
+def test_keys_of_shared_beginnings_are_made_anew_for_the_backward_pass(grouped_model, monkeypatch, backend):
+    use_varlen_on_cpu(monkeypatch)
     row = [Example(i, "", np.arange(200, dtype=np.int32), prompt_length=101, shared_length=100) for i in range(9)]
     segments = pack(row, torch.device("cpu")).segments
-    assert (sum(segments.lengths), sum(segments.keys.lengths), keys_per_token(row)) == (1000, 1900, 2.0)
-    folder, config = ModelFolder(tiny_model), SETTINGS["full"]
-    alone, shared = (kept_a_token(config, folder, segments=each)[0] for each in (ALONE, segments))
-    shape = Shape.of(folder.config)
-    estimates = [estimate(config, shape, 2, "plain", MicroBatch(1000, 2), keys=keys) for keys in (1.0, 1.9)]
-    assert estimates[1].activations - estimates[0].activations == 1000 * shape.layers * 2 * 2 * shape.query * 0.9
-    assert shared - alone == pytest.approx(2 * 2 * shape.query * 0.9)
+    assert (sum(segments.lengths), sum(segments.keys.lengths)) == (1000, 1900)
+    folder = ModelFolder(grouped_model)
+    alone, shared = (kept_a_token(SETTINGS["full"], folder, backend, each)[0] for each in (ALONE, segments))
+    assert shared == alone
+    torch._dynamo.reset()
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about torch
@@ -217,13 +209,7 @@ def test_keys_and_values_of_shared_beginnings_are_kept_for_each_that_shares_them
     "name", ["lora of q and v", "lora over nf4", "lora with dropout", "lora and embedding", "full"]
 )
 def test_compiled_layers_activations_are_those_that_the_compiler_keeps(qwen3_model, monkeypatch, name):
-    def varlen(query, key, value, segments, scaling):
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2)
-
-    monkeypatch.setattr(attention, "_varlen", varlen)
-    monkeypatch.setattr(attention, "has_varlen", lambda _device, dtype: dtype == torch.bfloat16)
+    use_varlen_on_cpu(monkeypatch)
     config, folder = SETTINGS[name], ModelFolder(qwen3_model)
     counted, has_copy = kept_a_token(config, folder, "aot_eager_decomp_partition")
     shape = Shape.of(folder.config)
