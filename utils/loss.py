@@ -60,6 +60,7 @@ class _LabelledCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + count] = (grad @ compute_weight)[:count]
             if train_weight:
                 grad_weight += grad.t() @ rows  # rows of zeros add nothing
+            del logits, grad  # or they would lie beside the next chunk's
         ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
         return loss * scale
 

@@ -23,6 +23,7 @@ from utils.distributed import World
 from utils.estimate import WORKSPACES, estimate, estimate_of_run
 from utils.layer_memory import LAYERS, LayerMemory, fused, kind_of
 from utils.llama import causal_lm
+from utils.loss import CHUNK, labelled_cross_entropy
 from utils.memory import forget_peak
 from utils.model_folder import ModelFolder
 from utils.optimization import BytesEach
@@ -254,6 +255,18 @@ def deeper_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "deeper"
     LlamaForCausalLM(LlamaConfig(vocab_size=600, **sizes)).save_pretrained(folder)
     return ModelFolder(folder)
+
+
+def test_a_chunk_of_logits_goes_before_the_next_one_comes():
+    peaks = []
+    for rows in (CHUNK, 3 * CHUNK):
+        hidden, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(400, 8)
+        live = Live()
+        with live:
+            labelled_cross_entropy(hidden, weight, torch.zeros(rows, dtype=torch.int64))
+        peaks.append(live.peak)
+    assert peaks[0] > 2 * 4 * CHUNK * 400  # logits and their gradient
+    assert peaks[1] - peaks[0] < 4 * CHUNK * 100
 
 
 @pytest.mark.parametrize("kept", [0, 1, 8])
