@@ -3,15 +3,31 @@
 import torch
 from torch import nn
 
+from configs.errors import UserError
+from configs.messages import _
 from utils.llama import causal_lm
 
 PAYS_FROM_TOKENS = 1_000_000
 """A run this long wins back the minute that compiling takes (plain layers on an H100: 10,000 -> 17,000 tokens/s)."""
 
 
+OLDEST_CARD = (7, 0)
+"""Compute capability of the oldest cards (Volta) that torch's compiler makes kernels for, through Triton."""
+
+
 def should_compile(choice: bool | None, device: torch.device, tokens: int) -> bool:
-    """Whether a run over so many tokens compiles; `choice` is the user's, None = decide."""
+    """Whether a run over so many tokens compiles; `choice` is the user's, None = decide.
+
+    Raises:
+        UserError: it should, but the card is too old.
+    """
     if device.type != "cuda":
+        return False
+    if torch.cuda.get_device_capability(device) < OLDEST_CARD:
+        if choice:
+            raise UserError(
+                _("--torch_compile true: torch's compiler makes no code for cards older than V100. Leave it out.")
+            )
         return False
     return tokens >= PAYS_FROM_TOKENS if choice is None else choice
 

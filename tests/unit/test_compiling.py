@@ -7,10 +7,12 @@ from torch._dynamo.utils import counters
 from trainers import made_up_examples
 from varlen_on_cpu import use_varlen_on_cpu
 
+from configs.errors import UserError
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from utils.activations import Kept
 from utils.adapters import add_adapter, prepare_full
+from utils.compiling import should_compile
 from utils.llama import causal_lm, forward_hidden, load_base_model, run_plain
 from utils.model_folder import ModelFolder
 from utils.packing import pack
@@ -54,6 +56,22 @@ def test_an_input_without_a_gradient_makes_no_second_code():
     torch.testing.assert_close(layer.linear.weight.grad, plain.linear.weight.grad)
     assert embedded.grad is None
     assert not run_plain(layer.requires_grad_(False), embedded, Kept()).requires_grad
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (8, 9)])
+def test_long_runs_compile(monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    card = torch.device("cuda")
+    found = [should_compile(choice, card, tokens) for choice in (None, True, False) for tokens in (9_999, 10**7)]
+    assert found == [False, True, True, True, False, False]
+    assert not should_compile(True, CPU, 10**7)
+
+
+def test_cards_that_are_too_old_for_the_compiler_do_without(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (6, 0))
+    assert not should_compile(None, torch.device("cuda"), 10**7)
+    with pytest.raises(UserError, match="--torch_compile"):
+        should_compile(True, torch.device("cuda"), 10**7)
 
 
 def compile_without_kernels(model: nn.Module) -> None:
