@@ -33,9 +33,12 @@ from utils.saving import SHARD_BYTES
 from utils.shape import Shape, trained_parameters
 from utils.sharding import sharding_group_size
 
-SHARE_OF_MATMUL: dict[Kind, float] = {"plain": 0.34, "compiled plain": 0.55, "fused": 0.34, "compiled fused": 0.62}
-"""Speed of a training step as a share of a plain large matrix product's (LoRA, measured; the fast layers without
-compilation by four layers of the 7B shape, which were half as fast as with it)."""
+SHARE_OF_MATMUL: dict[Kind, float] = {"plain": 0.35, "compiled plain": 0.53, "fused": 0.35, "compiled fused": 0.64}
+"""Speed of a training step as a share of a plain large matrix product's, in long rows that keep all activations
+(measured on an H100: LoRA, and full fine-tuning where plain layers are compiled; fast layers not compiled by four
+layers of the 7B shape, half as fast as with it)."""
+SHARE_ON_CPU = 0.64
+"""The same on a CPU, which nothing keeps waiting (LoRA over a model of a few million parameters)."""
 
 
 def check_memory(config: TrainingConfig, folder: ModelFolder, data: Data, world: World) -> None:
@@ -114,8 +117,11 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     def kind(variant: TrainingConfig) -> Kind:
         return kind_of(not why_not(variant, folder.config, device, precision.compute), is_compiled)
 
-    def fit(variant: TrainingConfig) -> tuple[Estimate, int, bool]:
-        """The fastest setting that fits (or the most frugal one), its tokens a micro-batch, and whether it fits."""
+    def speed(micro_batch: MicroBatch) -> float:
+        return relative_speed(micro_batch.kept_layers / shape.layers, micro_batch.token_budget)
+
+    def fit(variant: TrainingConfig) -> tuple[Estimate, MicroBatch, bool]:
+        """The fastest setting that fits (or the most frugal one), and whether it fits."""
         if device.type == "cpu":
             tried = [MicroBatch(max(longest, CPU_TOKENS), shape.layers)]
         else:
@@ -130,12 +136,11 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
             (estimate(variant, shape, size, of_layers, each, cards, processes, step.largest), each) for each in tried
         ]
         fitting = [candidate for candidate in found if candidate[0].needed <= available]
-        parts, best = max(
-            fitting, key=lambda c: relative_speed(c[1].kept_layers / shape.layers, c[1].token_budget), default=found[-1]
-        )
-        return parts, best.token_budget, bool(fitting)
+        parts, best = max(fitting, key=lambda candidate: speed(candidate[1]), default=found[-1])
+        return parts, best, bool(fitting)
 
-    parts, budget, _fits = fit(config)
+    parts, micro_batch, _fits = fit(config)
+    budget = micro_batch.token_budget
     print(_("Plan for {model}, {examples} examples", model=folder.path, examples=len(data.training)))
     print(_("  steps        {steps} ({tokens} tokens)", steps=schedule.total_steps, tokens=f"{tokens:,}"))
     print(_("  memory       {peak} at most, of {available}", peak=_gb(parts.peak), available=_gb(available)))
@@ -162,7 +167,8 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     needed = trained_parameters(config, shape) * (stored * (config.keep_checkpoints + 1) + each.weight)
     free = shutil.disk_usage(_existing(Path(config.output_dir))).free
     print(_("  disk         {needed} of {free} free", needed=_gb(needed), free=_gb(free)))
-    rate = _matmul_flops(device, precision.compute) * SHARE_OF_MATMUL[kind(config)]
+    share = SHARE_ON_CPU if device.type == "cpu" else SHARE_OF_MATMUL[kind(config)]
+    rate = _matmul_flops(device, precision.compute) * share * speed(micro_batch)
     flops = (4 if config.use_peft else 6) * (shape.decoder_weights + shape.head_weights)
     own = sum(example.own_length for example in data.training) * epochs / processes
     shared = step.shared * rows_of(step.mean, budget, step.shared) * schedule.total_steps
@@ -170,8 +176,8 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     print(_("What fits in {available}:", available=_gb(available)))
     start = f"torchrun --nproc_per_node {processes}" if config.enable_fsdp else "python"
     for name, variant in variants(config):
-        found, budget, fits = fit(variant)
-        verdict = _("fits, rows of {tokens} tokens", tokens=budget) if fits else _("does not fit")
+        found, best, fits = fit(variant)
+        verdict = _("fits, rows of {tokens} tokens", tokens=best.token_budget) if fits else _("does not fit")
         print(f"  {name:20} {_gb(found.needed)}  {verdict}")
         if fits:
             print(f"    {start} llama_finetuning.py {shlex.join(flags_of(replace(variant, plan=False)))}")
