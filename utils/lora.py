@@ -1,6 +1,6 @@
-"""LoRA's layers in 16 bits where they run as they are written: what the adapter adds is not rounded away.
+"""LoRA's plain layers in 16 bits: what the adapter adds is not rounded away.
 
-PEFT's own forward pass rounds W x first; see utils/fused_arithmetic.py. (Compiled, it adds before it rounds.)
+PEFT's own forward pass rounds W x first, or, compiled, W x and B A x; see utils/fused_arithmetic.py.
 """
 
 import types
@@ -24,8 +24,6 @@ def add_before_rounding(model: nn.Module) -> None:
 
 
 def _forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling():
-        return type(layer).forward(layer, x)
     base = layer.base_layer
     if isinstance(base, QuantizedLinear):
         dtype, dequantize, stored = base.compute_dtype, base.dequantize_stored, base.stored()

@@ -50,14 +50,15 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_output,) = grad_outputs
-        narrow, b, *stored = ctx.saved_tensors
+        narrow, b, *saved = ctx.saved_tensors
+        stored = tuple(saved)
         grad_x = grad_narrow = grad_b = None
         if narrow is not None:
             grad_narrow = grad_output @ b
             grad_b = grad_output.flatten(0, -2).t() @ narrow.flatten(0, -2)
         if ctx.needs_input_grad[0]:
             if torch.compiler.is_compiling() and len(stored) > 1:
-                stored[1] = copy_after(stored[1], grad_output)
+                stored = (stored[0], copy_after(stored[1], grad_output), *stored[2:])
             grad_x = grad_output @ ctx.dequantize(grad_output.dtype, *stored)
         return grad_x, grad_narrow, grad_b, None, *(None for _tensor in stored)
 
