@@ -73,6 +73,7 @@ def fine_tune(
 ) -> None:
     """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
     from utils import report
+    from utils.compiling import check_compiler
     from utils.distributed import check_ranks_agree, check_shared, decide_on_main, was_restarted
     from utils.fused_layers import why_not
     from utils.memory import forget_peak, limit_memory
@@ -116,6 +117,7 @@ def fine_tune(
     limit_memory(world, config.gpu_memory_gb)
     precision = choose_precision(world.device, config)
     check_optimizer(config, world.device)
+    check_compiler(config.torch_compile, world.device)
     fast = not why_not(config, folder.config, world.device, precision.compute)
     check_ranks_agree({"compute dtype": str(precision.compute), "fast layers": fast})
     report.note_on_cards(config, folder, world, precision, data.longest, say)

@@ -15,21 +15,27 @@ OLDEST_CARD = (7, 0)
 """Compute capability of the oldest cards (Volta) that torch's compiler makes kernels for, through Triton."""
 
 
-def should_compile(choice: bool | None, device: torch.device, tokens: int) -> bool:
-    """Whether a run over so many tokens compiles; `choice` is the user's, None = decide.
+def check_compiler(choice: bool | None, device: torch.device) -> None:
+    """Refuse to compile for a card that is too old.
 
     Raises:
-        UserError: it should, but the card is too old.
+        UserError: it is.
     """
-    if device.type != "cuda":
-        return False
-    if torch.cuda.get_device_capability(device) < OLDEST_CARD:
-        if choice:
-            raise UserError(
-                _("--torch_compile true: torch's compiler makes no code for cards older than V100. Leave it out.")
-            )
+    if choice and device.type == "cuda" and not _has_compiler(device):
+        raise UserError(
+            _("--torch_compile true: torch's compiler makes no code for cards older than V100. Leave it out.")
+        )
+
+
+def should_compile(choice: bool | None, device: torch.device, tokens: int) -> bool:
+    """Whether a run over so many tokens compiles; `choice` is the user's, None = decide."""
+    if not _has_compiler(device):
         return False
     return tokens >= PAYS_FROM_TOKENS if choice is None else choice
+
+
+def _has_compiler(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_CARD
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from configs.quantization import Quantization
 from configs.training import TrainingConfig
 from utils.activations import MicroBatch
 from utils.checkpoint import COPIED_AT_MOST
-from utils.compiling import should_compile
+from utils.compiling import check_compiler, should_compile
 from utils.data import Data
 from utils.distributed import World
 from utils.estimate import Estimate, estimate
@@ -95,7 +95,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     """Print the plan of a run with these settings on this machine: one process, or with FSDP one for each card.
 
     Raises:
-        UserError: no such run can be (see check_length, check_optimizer).
+        UserError: no such run can be (see check_length, check_optimizer, check_compiler).
     """
     folder.check_length(data.longest)
     shape = Shape.of(folder.config)
@@ -104,6 +104,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     processes, cards = (max(2, visible), 1) if config.enable_fsdp else (1, visible)
     precision = choose_precision(device, config)
     check_optimizer(config, device)
+    check_compiler(config.torch_compile, device)
     schedule = Schedule(
         len(data.training), config.batch_size_training * processes, config.num_epochs, config.max_steps, config.seed
     )

@@ -12,7 +12,7 @@ from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from utils.activations import Kept
 from utils.adapters import add_adapter, prepare_full
-from utils.compiling import should_compile
+from utils.compiling import check_compiler, should_compile
 from utils.llama import causal_lm, forward_hidden, load_base_model, run_plain
 from utils.model_folder import ModelFolder
 from utils.packing import pack
@@ -70,8 +70,10 @@ def test_long_runs_compile(monkeypatch, capability):
 def test_cards_that_are_too_old_for_the_compiler_do_without(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (6, 0))
     assert not should_compile(None, torch.device("cuda"), 10**7)
+    check_compiler(None, torch.device("cuda"))
+    check_compiler(True, CPU)
     with pytest.raises(UserError, match="--torch_compile"):
-        should_compile(True, torch.device("cuda"), 10**7)
+        check_compiler(True, torch.device("cuda"))
 
 
 def compile_without_kernels(model: nn.Module) -> None:
