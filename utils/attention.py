@@ -132,7 +132,7 @@ def attention_backward(
     """Gradients of query, key and value; see `attention_forward`."""
     if segments.keys:
         rows = segments.keys.rows
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # or what the segments see would be kept
             rows = copy_after(rows, grad_output)
         key, value = keys_of_rows(key, rows), keys_of_rows(value, rows)
     kernel = varlen_kernel(query.device, query.dtype) or ONE_BY_ONE

@@ -57,7 +57,7 @@ class FrozenMatmul(torch.autograd.Function):
             grad_narrow = grad_output @ b
             grad_b = grad_output.flatten(0, -2).t() @ narrow.flatten(0, -2)
         if ctx.needs_input_grad[0]:
-            if torch.compiler.is_compiling() and len(stored) > 1:
+            if torch.compiler.is_compiling() and len(stored) > 1:  # or the weight would be kept, see copy_after
                 stored = (stored[0], copy_after(stored[1], grad_output), *stored[2:])
             grad_x = grad_output @ ctx.dequantize(grad_output.dtype, *stored)
         return grad_x, grad_narrow, grad_b, None, *(None for _tensor in stored)

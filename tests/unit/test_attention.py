@@ -73,8 +73,8 @@ def test_without_segments_the_row_is_one(heads, kv_heads):
 
 
 @pytest.mark.parametrize("use_peft", [True, False])
-def test_over_fp32_weights_attention_gets_what_flash_attention_takes(tiny_model, tmp_path, monkeypatch, use_peft):
-    """It takes 16 bits alone, and rotated queries over fp32 weights are fp32 under autocast."""
+def test_over_fp32_weights_attention_gets_what_kernels_take(tiny_model, tmp_path, monkeypatch, use_peft):
+    """They take 16 bits alone, and rotated queries over fp32 weights are fp32 under autocast."""
     trainer, asked = make_trainer(tiny_model, tmp_path, use_peft=use_peft), set()
     monkeypatch.setattr(attention, "varlen_kernel", lambda _device, dtype: asked.add(dtype))
     loss_module = ResponseLoss(trainer.model, torch.bfloat16)
