@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from torch.library import Library
+from torch import library
 
 from utils import attention, fused_layers
 from utils.attention_kernels import CAUSAL_FROM_THE_END, FLASH, LOG_SUM_MULTIPLE, Kernel
@@ -12,15 +12,15 @@ from utils.attention_kernels import CAUSAL_FROM_THE_END, FLASH, LOG_SUM_MULTIPLE
 
 def use_varlen_on_cpu(monkeypatch: pytest.MonkeyPatch, kernel: Kernel = FLASH) -> None:
     """Let a CPU in bf16 pass for a card that has this kernel; it computes from the operators' arguments alone."""
-    library = Library("aten", "IMPL")
+    operators = library.Library("aten", "IMPL")
     for operator in (
         _flash_attention_forward,
         _flash_attention_backward,
         _efficient_attention_forward,
         _efficient_attention_backward,
     ):
-        library.impl(operator.__name__, operator, "CPU")
-    monkeypatch.setattr(attention, "_operators_of_tests", library, raising=False)  # for as long as the test lasts
+        operators.impl(operator.__name__, operator, "CPU")
+    monkeypatch.setattr(attention, "_operators_of_tests", operators, raising=False)  # for as long as the test lasts
 
     def chosen(_device: torch.device, dtype: torch.dtype) -> Kernel | None:
         return kernel if dtype == torch.bfloat16 else None

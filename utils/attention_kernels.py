@@ -99,6 +99,7 @@ def _efficient_attention(
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     heads = query.shape[1]
+    # The operator refuses more than the row has.
     longest, longest_of_keys = min(longest, len(query)), min(longest, len(key))
     output, log_sum_exp, *_unused = torch.ops.aten._efficient_attention_forward(
         query[None],
