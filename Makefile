@@ -18,7 +18,7 @@ INDEX := $(if $(PIP_INDEX),--index-url $(PIP_INDEX))
 .PHONY: quickstart test soak lint catalogue venv
 
 quickstart: $(VENV)/.installed
-	@$(BIN)/python -u quickstart.py
+	@$(BIN)/python -u scripts/quickstart.py
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest

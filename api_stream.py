@@ -13,8 +13,8 @@ if __name__ == "__main__":
 
 from configs.command_line import parse
 from configs.errors import run_main
-from configs.inference import ApiConfig
 from configs.messages import _
+from configs.serving import ApiConfig
 from utils.quiet import quiet_libraries
 
 
@@ -23,9 +23,9 @@ def main(argv: list[str]) -> None:
     config = parse(ApiConfig, argv)
 
     quiet_libraries()
-    from inference.api import listen, make_app, serve
     from inference.loading import load_engine
-    from utils.stream_sessions import StreamSessions
+    from inference.web.polling import listen, make_app, serve
+    from inference.web.stream_sessions import StreamSessions
 
     with listen(config.host, config.port) as listener:
         print(_("Loading {folder} …", folder=config.base_model), flush=True)

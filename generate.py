@@ -18,8 +18,8 @@ import sys
 
 from configs.command_line import parse
 from configs.errors import run_main
-from configs.inference import ChatConfig
 from configs.messages import _
+from configs.serving import ChatConfig
 from utils.quiet import quiet_libraries
 
 
@@ -28,8 +28,8 @@ def main(argv: list[str]) -> None:
     config = parse(ChatConfig, argv)
 
     quiet_libraries()
-    from inference.chat import Chat, answer_once
     from inference.loading import load_engine
+    from inference.terminal.chat import Chat, answer_once
 
     if config.prompt is None and sys.stdin.isatty():
         print(_("Loading {folder} …", folder=config.base_model), file=sys.stderr, flush=True)

@@ -29,14 +29,14 @@ from configs.command_line import parse
 from configs.errors import UserError, run_main
 from configs.messages import _
 from configs.training import TrainingConfig
+from ft_datasets.loading import load_data
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.data import load_data
-from utils.model_folder import ModelFolder
+from utils.model.folder import ModelFolder
 from utils.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from utils.distributed import World
+    from utils.machine.world import World
 
 
 MAY_DIFFER = ("model_name", "alpaca_dataset.data_path", "num_workers_dataloader", "gpu_memory_gb")
@@ -54,11 +54,11 @@ def main(argv: list[str]) -> None:
     if config.preview:
         preview(config, tokenizer, template)
     elif config.plan:
-        from utils.plan import print_plan
+        from utils.reports.plan import print_plan
 
         print_plan(config, folder, load_data(config, tokenizer, template, report=print))
     else:
-        from utils.distributed import joined_world
+        from utils.machine.world import joined_world
 
         if config.enable_fsdp and "RANK" not in os.environ:
             raise UserError(
@@ -72,20 +72,20 @@ def fine_tune(
     config: TrainingConfig, world: "World", folder: ModelFolder, tokenizer: Tokenizer, template: PromptTemplate
 ) -> None:
     """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
-    from utils import report
-    from utils.compiling import check_compiler
-    from utils.distributed import check_ranks_agree, check_shared, decide_on_main, was_restarted
-    from utils.fused_layers import why_not
-    from utils.memory import forget_peak, limit_memory
-    from utils.metrics import Metrics, draw_losses
-    from utils.optimization import check_optimizer
-    from utils.plan import check_memory
-    from utils.precision import choose_precision
-    from utils.run_folder import find_start, hold_folder, repeated_steps
-    from utils.saving import describe_run, save_result, write_training_config
-    from utils.sharding import sharding_group_size, whole_tensors
-    from utils.trainable import load_trainable
-    from utils.training import Trainer
+    from utils.machine.compiling import check_compiler
+    from utils.machine.memory import forget_peak, limit_memory
+    from utils.machine.precision import choose_precision
+    from utils.machine.world import check_ranks_agree, check_shared, decide_on_main, was_restarted
+    from utils.model.fused_layers import why_not
+    from utils.reports import run as report
+    from utils.reports.plan import check_memory
+    from utils.results.saving import describe_run, save_result, write_training_config
+    from utils.runs.metrics import Metrics, draw_losses
+    from utils.runs.start import find_start, hold_folder, repeated_steps
+    from utils.training.optimizer import check_optimizer
+    from utils.training.sharding import sharding_group_size, whole_tensors
+    from utils.training.trainable import load_trainable
+    from utils.training.trainer import Trainer
 
     settings = {name: value for name, value in config.flat().items() if name not in MAY_DIFFER}
     if config.enable_fsdp:  # the default depends on the machine

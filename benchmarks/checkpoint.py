@@ -20,9 +20,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from configs.training import TrainingConfig
-from utils import checkpoint as checkpoints
-from utils.distributed import World
-from utils.optimization import make_optimizer
+from utils.machine.world import World
+from utils.runs import checkpoint as checkpoints
+from utils.training.optimizer import make_optimizer
 
 HIDDEN, INTERMEDIATE, LAYERS, RANK = 4096, 11008, 32, 8
 SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, INTERMEDIATE)] * 2 + [(INTERMEDIATE, HIDDEN)]

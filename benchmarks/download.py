@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from fake_hub import FakeHub
+from helpers.fake_hub import FakeHub
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1024**2

@@ -19,13 +19,13 @@ from torch.nn.functional import cross_entropy
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
-from utils.adapters import add_adapter, trainable_parameters
-from utils.fused_layers import FusedLayers
-from utils.llama import RunLayer, causal_lm, forward_hidden, load_base_model
-from utils.lora import add_before_rounding
-from utils.model_folder import ModelFolder
+from utils.model.adapters import add_adapter, trainable_parameters
+from utils.model.decoder import RunLayer, causal_lm, forward_hidden, load_base_model
+from utils.model.folder import ModelFolder
+from utils.model.fused_layers import FusedLayers
+from utils.model.lora_forward import add_before_rounding
 from utils.quiet import quiet_libraries
-from utils.segments import Segments
+from utils.rows.segments import Segments
 
 LENGTH = 512
 """Tokens of an example."""

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ft_datasets.tokenizer import Tokenizer
-from quickstart import train_tokenizer
+from scripts.quickstart import train_tokenizer
 from utils.quiet import quiet_libraries
 
 SHAPES = {

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__" and sys.argv[1] == "unsloth":
-    import unsloth  # it replaces parts of transformers and TRL, so it goes first
+    import unsloth
 
 import torch
 
@@ -23,13 +23,13 @@ from configs.datasets import AlpacaDataset
 from configs.quantization import Quantization
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import IGNORE_INDEX, Example
+from ft_datasets.loading import load_data
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.data import load_data
-from utils.distributed import World
-from utils.memory import limit_memory
-from utils.packing import Schedule
+from utils.machine.memory import limit_memory
+from utils.machine.world import World
 from utils.quiet import quiet_libraries
+from utils.rows.packing import Schedule
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 ALL_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()

@@ -1,9 +1,9 @@
 """Beginnings that many examples have in common, such as the header of the prompt template.
 
 The hidden states of a token depend on what stands before it alone. Where examples of a packed row begin with the same
-tokens, these can stand in the row once, for all of them (utils/packing.py, utils/attention.py): losses and gradients
-stay what they are, and of Chinese Alpaca examples a sixth of the tokens need not be computed. (Sharing prefixes in
-training is from Prefix Grouper, Liu et al. 2025.)
+tokens, these can stand in the row once, for all of them (utils/rows/packing.py, utils/model/attention.py): losses and
+gradients stay what they are, and of Chinese Alpaca examples a sixth of the tokens need not be computed. (Sharing
+prefixes in training is from Prefix Grouper, Liu et al. 2025.)
 """
 
 from bisect import bisect_left

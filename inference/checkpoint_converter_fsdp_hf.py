@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.command_line import parse
 from configs.errors import UserError, run_main
-from configs.inference import ConverterConfig
 from configs.messages import _
-from utils.model_folder import ModelFolder
+from configs.serving import ConverterConfig
+from utils.model.folder import ModelFolder
 from utils.quiet import quiet_libraries
 
 
@@ -24,9 +24,9 @@ def main(argv: list[str]) -> None:
     """Check that checkpoint and base model belong together, then convert."""
     config = parse(ConverterConfig, argv)
     quiet_libraries()
-    from utils.checkpoint import read_checkpoint
-    from utils.consolidating import consolidate
-    from utils.saving import chat_command
+    from utils.results.consolidating import consolidate
+    from utils.results.saving import chat_command
+    from utils.runs.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(Path(config.fsdp_checkpoint_path))
     if "settings" not in checkpoint.state:

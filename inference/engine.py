@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from configs.errors import UserError
-from configs.inference import Sampling
 from configs.messages import _
+from configs.serving import Sampling
 from ft_datasets.prompt import PromptTemplate, Turn
 from ft_datasets.tokenizer import Tokenizer
 from inference.detokenizer import IncrementalDecoder, StopText
-from utils.adapters import learnt_prefix
-from utils.attention import KeyValueCache
-from utils.llama import causal_lm, forward_hidden, logits
+from utils.model.adapters import learnt_prefix
+from utils.model.attention import KeyValueCache
+from utils.model.decoder import causal_lm, forward_hidden, logits
 
 FinishReason = Literal["stop", "length", "cancelled"]
 

@@ -6,8 +6,8 @@ from configs.quantization import Quantization
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from inference.engine import Engine
-from utils.adapters import check_adapter_folder, check_belongs, load_adapter, read_training_config
-from utils.model_folder import ModelFolder
+from utils.model.adapters import check_adapter_folder, check_belongs, load_adapter, read_training_config
+from utils.model.folder import ModelFolder
 
 
 def load_engine(base_model: str, lora_weights: str, quantization: Quantization | None) -> Engine:
@@ -32,8 +32,8 @@ def load_engine(base_model: str, lora_weights: str, quantization: Quantization |
 
     import torch
 
-    from utils.llama import load_base_model
-    from utils.precision import half_precision
+    from utils.machine.precision import half_precision
+    from utils.model.decoder import load_base_model
 
     count = torch.cuda.device_count()
     devices = [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]

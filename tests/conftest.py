@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_runs import free_port, readme_flags, torchrun
-from environment import ROOT
-from tiny_models import make_model
+from helpers.command_runs import free_port, readme_flags, torchrun
+from helpers.environment import ROOT
+from helpers.tiny_models import make_model
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def data_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def background(tmp_path):
     """Starts runs in the background, and leaves none behind."""
-    from background_run import BackgroundRun
+    from helpers.background_run import BackgroundRun
 
     runs: list[BackgroundRun] = []
 
@@ -119,7 +119,7 @@ def english(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Any]:
     """A hub on this machine that misbehaves as it is told."""
-    from fake_hub import FakeHub
+    from helpers.fake_hub import FakeHub
 
     with FakeHub() as hub:
         yield hub
@@ -128,7 +128,7 @@ def hub() -> Iterator[Any]:
 @pytest.fixture
 def endpoint(hub: Any) -> Callable[..., str]:
     """Sets a scenario up and gives its address."""
-    from downloads import SEED
+    from helpers.downloads import SEED
     from soak_download import FILES
 
     return lambda **values: hub.scenario(uuid.uuid4().hex, **{"files": FILES, "seed": SEED, **values})

@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import huggingface_hub
-from fake_hub import BODY_FAULTS, LISTING_FAULTS, STATUS_FAULTS, FakeHub, content
+from helpers.fake_hub import BODY_FAULTS, LISTING_FAULTS, STATUS_FAULTS, FakeHub, content
 from huggingface_hub import constants
 
 import configs.messages

@@ -15,10 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import environment  # noqa: E402, F401  before torch
-from runs_together import Case, Result, run_all  # noqa: E402
+from helpers.runs_together import Case, Result, run_all  # noqa: E402
+from helpers.tiny_models import make_model  # noqa: E402
 from soak_resume import make_data  # noqa: E402
-from tiny_models import make_model  # noqa: E402  needs the path above
 
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 2e-4
 MIDDLE = 3
@@ -66,9 +65,9 @@ def compare(run: Result, one: Result) -> tuple[float, float]:
 
 def is_converted_alike(output: Path, model: Path) -> bool:
     """Whether the run's last checkpoint, converted, is what the run saved."""
-    from utils.checkpoint import newest_whole
-    from utils.consolidating import consolidate
-    from utils.model_folder import ModelFolder
+    from utils.model.folder import ModelFolder
+    from utils.results.consolidating import consolidate
+    from utils.runs.checkpoint import newest_whole
 
     checkpoint, _broken = newest_whole(output / "checkpoints")
     converted = output.with_name(output.name + " converted")

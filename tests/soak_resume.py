@@ -25,9 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from command_runs import free_port  # noqa: E402  needs the path above
-from environment import ENVIRONMENT  # noqa: E402  needs the path above
-from tiny_models import make_model  # noqa: E402  needs the path above
+from helpers.command_runs import free_port  # noqa: E402
+from helpers.environment import ENVIRONMENT  # noqa: E402
+from helpers.tiny_models import make_model  # noqa: E402
 
 STEPS, SAVE_STEPS = 24, 3
 METHODS = {

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs.command_line import parse
 from configs.errors import run_main
-from configs.inference import MergeConfig
 from configs.messages import _
+from configs.serving import MergeConfig
 from ft_datasets.tokenizer import Tokenizer
-from utils.adapters import check_adapter_folder, check_belongs
-from utils.model_folder import ModelFolder
+from utils.model.adapters import check_adapter_folder, check_belongs
+from utils.model.folder import ModelFolder
 from utils.quiet import quiet_libraries
 
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     template = check_belongs(adapter, base, Tokenizer(base.path))
 
     quiet_libraries()
-    from utils.merging import merge
+    from utils.results.merging import merge
 
     print(_("Merging {adapter} into {base} …", adapter=adapter, base=base.path), flush=True)
     size = merge(base, adapter, output, template, config.shard_gb, config.quantization)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from environment import ENVIRONMENT, ROOT
+from helpers.environment import ENVIRONMENT, ROOT
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 

@@ -13,10 +13,10 @@ import socket
 from pathlib import Path
 
 import pytest
-from command_runs import run_script, torchrun
-from environment import ENVIRONMENT, ROOT
+from helpers.command_runs import run_script, torchrun
+from helpers.environment import ENVIRONMENT, ROOT
+from helpers.tiny_models import make_model
 from safetensors.torch import load_file, save_file
-from tiny_models import make_model
 
 import api_stream
 import generate
@@ -25,8 +25,8 @@ from configs.errors import UserError, run_main
 from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.model_folder import ModelFolder
-from utils.saving import describe_run, write_training_config
+from utils.model.folder import ModelFolder
+from utils.results.saving import describe_run, write_training_config
 
 MERGE = "inference/hf-text-generation-inference/merge_lora_weights.py"
 _spec = importlib.util.spec_from_file_location("merge_lora_weights", ROOT / MERGE)
@@ -367,7 +367,7 @@ def test_the_whole_way_through_the_heavy_scripts(tiny_model, adapter, other_mode
     assert not (tmp_path / "out").exists()
 
 
-SCRIPTS = "llama_finetuning.py generate.py api_stream.py model_download.py quickstart.py".split()
+SCRIPTS = "llama_finetuning.py generate.py api_stream.py model_download.py scripts/quickstart.py".split()
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, MERGE])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import sentencepiece
-from environment import ROOT
+from helpers.environment import ROOT
 
 from benchmarks import train
 from benchmarks.make_model import make_model, write_long_data
@@ -14,7 +14,7 @@ from benchmarks.train_peers import Run
 from benchmarks.train_report import BEGIN, END, Result, table, write_report
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.model_folder import ModelFolder
+from utils.model.folder import ModelFolder
 
 
 def test_one_command_measures_us_and_the_padded_loop_alike(tiny_model, data_file, tmp_path, monkeypatch, capsys):

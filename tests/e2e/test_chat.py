@@ -13,14 +13,14 @@ import time
 import pytest
 import sentencepiece
 import torch
-from command_runs import run_script
-from environment import ENVIRONMENT, ROOT
+from helpers.command_runs import run_script
+from helpers.environment import ENVIRONMENT, ROOT
 from transformers import LlamaForCausalLM
 
 import generate
 from configs.errors import UserError
-from configs.inference import Sampling
-from inference.chat import Chat
+from configs.serving import Sampling
+from inference.terminal.chat import Chat
 
 HEADER = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 TOKENS = 20
@@ -129,7 +129,7 @@ def test_help_names_every_command_and_a_space_makes_a_question_of_one(model_fold
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="utf-8"))
     generate.main(flags(model_folder, "--max_new_tokens", str(TOKENS)))
     said, speeds = capsys.readouterr()
-    source = (ROOT / "inference/chat.py").read_text(encoding="utf-8")
+    source = (ROOT / "inference/terminal/chat.py").read_text(encoding="utf-8")
     commands = set(re.findall(r'command == "(/\w+)"', source)) - {"/help"}
     assert set(re.findall(r"^/\w+", said.partition("Ctrl-C")[0], re.MULTILINE)) == commands >= {"/new", "/exit"}
     assert f"before it.\n{greedy(' /parms')}\n" in said
@@ -162,7 +162,7 @@ def test_an_impatient_second_ctrl_c_ends_the_answer_and_not_the_conversation(mon
     def press_again(_statistics):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("inference.chat._print_speed", press_again)
+    monkeypatch.setattr("inference.terminal.chat._print_speed", press_again)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
     chat = Chat(Engine(), Sampling())
     chat.run()

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from downloads import assert_right, fetch
-from environment import ROOT
-from fake_hub import content
+from helpers.downloads import assert_right, fetch
+from helpers.environment import ROOT
+from helpers.fake_hub import content
 from soak_download import FILES, LARGEST, OPTIONS, TOTAL
 
 import model_download

@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx2
 import huggingface_hub
 import pytest
-from downloads import SEED, assert_right, fetch
-from environment import ROOT
-from fake_hub import BODY_FAULTS, content
+from helpers.downloads import SEED, assert_right, fetch
+from helpers.environment import ROOT
+from helpers.fake_hub import BODY_FAULTS, content
 from soak_download import CHUNK, FILES, LARGEST, OPTIONS, TOTAL, run_all, run_ours
 
 import model_download

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from command_runs import (
+from helpers.command_runs import (
     STEPS,
     assert_same_result,
     held_out_losses_of,
@@ -16,9 +16,9 @@ from command_runs import (
     run_script,
     torchrun,
 )
-from environment import ENVIRONMENT, ROOT
+from helpers.environment import ENVIRONMENT, ROOT
 
-from utils.checkpoint import newest_whole
+from utils.runs.checkpoint import newest_whole
 
 
 def test_a_killed_run_goes_on_and_ends_exactly_as_if_never_killed(

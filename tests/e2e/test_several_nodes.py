@@ -6,7 +6,7 @@ import signal
 import socket
 from pathlib import Path
 
-from command_runs import assert_same_result, free_port, readme_flags
+from helpers.command_runs import assert_same_result, free_port, readme_flags
 
 
 def node_launcher(port: int) -> list[str]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from command_runs import (
+from helpers.command_runs import (
     STEPS,
     adapter_hash,
     held_out_losses_of,
@@ -14,8 +14,8 @@ from command_runs import (
     run_script,
     torchrun,
 )
+from helpers.trainers import make_trainer, train
 from safetensors.torch import load_file
-from trainers import make_trainer, train
 
 
 def test_the_readmes_command_leaves_what_is_documented(finished, tiny_model, data_file):

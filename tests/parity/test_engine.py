@@ -6,7 +6,7 @@ import threading
 import peft
 import pytest
 import torch
-from trainers import make_trainer, project_logits, save_adapter, train
+from helpers.trainers import make_trainer, project_logits, save_adapter, train
 from transformers import (
     LlamaForCausalLM,
     LogitsProcessorList,
@@ -16,11 +16,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from configs.inference import Sampling
+from configs.serving import Sampling
 from inference.engine import Engine, PromptTooLong, Statistics, choose
 from inference.loading import load_engine
-from utils.llama import causal_lm, forward_hidden, logits
-from utils.packing import pack
+from utils.model.decoder import causal_lm, forward_hidden, logits
+from utils.rows.packing import pack
 
 PROMPTS = ["你好，请介绍一下你自己。", "今天天气很好", "The quick brown fox"]
 

@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from trainers import make_trainer, train
+from helpers.trainers import make_trainer, train
 
 import llama_finetuning
 from configs.errors import UserError
-from utils.checkpoint import read_checkpoint
-from utils.metrics import read_metrics
-from utils.optimization import LossScale
-from utils.training import MAX_FAILED_STEPS
+from utils.runs.checkpoint import read_checkpoint
+from utils.runs.metrics import read_metrics
+from utils.training.optimizer import LossScale
+from utils.training.trainer import MAX_FAILED_STEPS
 
 
 def state_of(trainer) -> tuple[dict, dict]:
@@ -104,7 +104,9 @@ def test_a_run_that_goes_on_in_fp16_has_a_loss_scale(tiny_model, tmp_path, monke
     train(make_trainer(tiny_model, tmp_path / "begun", **settings))
     checkpoint = read_checkpoint(tmp_path / "begun" / "checkpoints" / "step-2")
     assert checkpoint.state["loss_scale"]["value"] == 1.0
-    monkeypatch.setattr("utils.precision.half_precision", lambda _device, _fp16: (torch.float16, "another card"))
+    monkeypatch.setattr(
+        "utils.machine.precision.half_precision", lambda _device, _fp16: (torch.float16, "another card")
+    )
     resumed = make_trainer(tiny_model, tmp_path / "resumed", checkpoint=checkpoint, **settings)
     assert resumed.done == 2
     assert resumed.loss_scale.is_used

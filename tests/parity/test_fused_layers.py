@@ -3,20 +3,20 @@
 import peft
 import pytest
 import torch
-from tiny_models import make_model
-from trainers import make_trainer, project_logits, save_adapter, train
+from helpers.tiny_models import make_model
+from helpers.trainers import make_trainer, project_logits, save_adapter, train
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
-from utils.activations import MicroBatch
-from utils.adapters import add_adapter, trainable_parameters
-from utils.checkpoint import read_checkpoint
-from utils.fused_layers import FusedLayers, why_not
-from utils.llama import causal_lm, forward_hidden, load_base_model, run_plain
-from utils.model_folder import ModelFolder
-from utils.precision import Precision
-from utils.segments import Segments
+from utils.machine.precision import Precision
+from utils.model.activations import MicroBatch
+from utils.model.adapters import add_adapter, trainable_parameters
+from utils.model.decoder import causal_lm, forward_hidden, load_base_model, run_plain
+from utils.model.folder import ModelFolder
+from utils.model.fused_layers import FusedLayers, why_not
+from utils.rows.segments import Segments
+from utils.runs.checkpoint import read_checkpoint
 
 CPU = torch.device("cpu")
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
@@ -143,11 +143,11 @@ def test_in_bf16_a_trained_embedding_does_not_change_the_type(tiny_model):
 
 def test_in_bf16_fifty_steps_stay_within_a_per_cent(deep_model, tmp_path, monkeypatch):
     bf16 = Precision(torch.bfloat16, torch.bfloat16, "test")
-    monkeypatch.setattr("utils.precision.choose_precision", lambda *_arguments: bf16)
+    monkeypatch.setattr("utils.machine.precision.choose_precision", lambda *_arguments: bf16)
     settings = {"lora_config": LoraConfig(target_modules=["all-linear"]), "max_steps": 50, "lr": 1e-3}
     settings |= {"batch_size_training": 4, "num_epochs": 50}
     expected = train(make_trainer(deep_model, tmp_path / "plain", **settings))
-    monkeypatch.setattr("utils.trainable.why_not", lambda *_arguments: "")
+    monkeypatch.setattr("utils.training.trainer.trainable.why_not", lambda *_arguments: "")
     losses = train(make_trainer(deep_model, tmp_path / "fused", **settings))
     assert losses == pytest.approx(expected, rel=0.01)
     assert losses != expected
@@ -167,7 +167,7 @@ def test_a_run_learns_the_same_and_its_adapter_is_plain_pefts(grouped_model, tmp
     }
     plain = make_trainer(grouped_model, tmp_path / "plain", **settings)
     expected = train(plain)
-    monkeypatch.setattr("utils.trainable.why_not", lambda *_arguments: "")
+    monkeypatch.setattr("utils.training.trainer.trainable.why_not", lambda *_arguments: "")
     trainer = make_trainer(grouped_model, tmp_path / "fused", **settings)
     assert trainer.loss_module.fused and not plain.loss_module.fused
     losses = train(trainer)

@@ -5,15 +5,15 @@ import torch
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
-from utils.adapters import add_adapter, trainable_parameters
-from utils.distributed import World
-from utils.fused_layers import FusedLayers
-from utils.llama import causal_lm, forward_hidden, load_base_model
-from utils.lora import add_before_rounding
-from utils.model_folder import ModelFolder
-from utils.precision import Precision
-from utils.segments import Segments
-from utils.trainable import load_trainable
+from utils.machine.precision import Precision
+from utils.machine.world import World
+from utils.model.adapters import add_adapter, trainable_parameters
+from utils.model.decoder import causal_lm, forward_hidden, load_base_model
+from utils.model.folder import ModelFolder
+from utils.model.fused_layers import FusedLayers
+from utils.model.lora_forward import add_before_rounding
+from utils.rows.segments import Segments
+from utils.training.trainable import load_trainable
 
 CPU = torch.device("cpu")
 LENGTH = 512
@@ -110,7 +110,7 @@ def test_a_run_in_16_bits_has_such_layers(grouped_model, tmp_path, dtype):
     module = load_trainable(config, world, ModelFolder(grouped_model), Precision(dtype, dtype, ""))
     forwards = [layer.forward for layer in module.modules() if hasattr(layer, "lora_A")]
     assert forwards
-    assert {forward.__module__ == "utils.lora" for forward in forwards} == {dtype != torch.float32}
+    assert {forward.__module__ == "utils.model.lora_forward" for forward in forwards} == {dtype != torch.float32}
 
 
 def outputs_and_gradients(model):

@@ -6,17 +6,17 @@ import warnings
 import peft
 import pytest
 import torch
-from trainers import make_trainer, project_logits, save_adapter, train
+from helpers.trainers import make_trainer, project_logits, save_adapter, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from configs.errors import UserError
 from configs.peft import LoraConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.adapters import load_adapter
-from utils.llama import load_base_model
-from utils.merging import merge, rounded_sum
-from utils.model_folder import ModelFolder
+from utils.model.adapters import load_adapter
+from utils.model.decoder import load_base_model
+from utils.model.folder import ModelFolder
+from utils.results.merging import merge, rounded_sum
 
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
 ALL_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make_model
-from trainers import project_logits
+from helpers.tiny_models import make_model
+from helpers.trainers import project_logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.errors import UserError
 from ft_datasets.tokenizer import Tokenizer
-from utils.attention import KeyValueCache
-from utils.llama import forward_hidden, load_base_model, logits
-from utils.model_folder import ModelFolder
-from utils.segments import Segments
+from utils.model.attention import KeyValueCache
+from utils.model.decoder import forward_hidden, load_base_model, logits
+from utils.model.folder import ModelFolder
+from utils.rows.segments import Segments
 
 CPU = torch.device("cpu")
 FOLDERS = pytest.mark.parametrize("folder_name", ["tiny_model", "grouped_model", "mistral_model", "qwen3_model"])
@@ -157,7 +157,7 @@ def test_a_weight_of_another_shape_is_refused_by_its_name(tiny_model, tmp_path):
 @FOLDERS
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_a_quantised_model_is_transformers_own_over_rounded_weights(folder, quantization):
-    from utils.quantization import rounded_weight
+    from utils.model.quantization import rounded_weight
 
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     for module in reference.model.layers.modules():

@@ -3,19 +3,19 @@
 import peft
 import pytest
 import torch
+from helpers.trainers import make_trainer, project_logits, save_adapter, train
 from safetensors.torch import load_file
-from trainers import make_trainer, project_logits, save_adapter, train
 from transformers import LlamaForCausalLM
 
 from configs.errors import UserError
 from configs.peft import LoraConfig
 from ft_datasets.prompt import PromptTemplate
-from utils.adapters import load_adapter
-from utils.checkpoint import read_checkpoint
-from utils.llama import load_base_model
-from utils.merging import merge
-from utils.model_folder import ModelFolder
-from utils.shape import Shape, adapter_parameters
+from utils.model.adapters import load_adapter
+from utils.model.decoder import load_base_model
+from utils.model.folder import ModelFolder
+from utils.planning.shape import Shape, adapter_parameters
+from utils.results.merging import merge
+from utils.runs.checkpoint import read_checkpoint
 
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
 MODULES = ["embed_tokens", "lm_head", "norm"]

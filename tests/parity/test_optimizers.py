@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from trainers import make_trainer, train
+from helpers.trainers import make_trainer, train
 
 from configs.errors import UserError
 from configs.training import TrainingConfig
-from utils.checkpoint import read_checkpoint, run_tensors, size_of
-from utils.optimization import BytesEach, check_optimizer, make_optimizer, round_stochastically
+from utils.runs.checkpoint import read_checkpoint, run_tensors, size_of
+from utils.training.optimizer import BytesEach, check_optimizer, make_optimizer, round_stochastically
 
 FRUGAL = pytest.mark.parametrize(
     "settings",

@@ -5,21 +5,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.trainers import make_trainer, train
+from helpers.varlen_on_cpu import use_varlen_on_cpu
 from test_fused_layers import adapted_model
 from torch._dynamo.utils import counters
-from trainers import make_trainer, train
-from varlen_on_cpu import use_varlen_on_cpu
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example
-from utils.adapters import add_adapter, prepare_full, trainable_parameters
-from utils.attention_kernels import EFFICIENT, FLASH
-from utils.fused_layers import Functions, FusedLayers
-from utils.llama import load_base_model
-from utils.model_folder import ModelFolder
-from utils.packing import pack
-from utils.response_loss import ResponseLoss
+from utils.model.adapters import add_adapter, prepare_full, trainable_parameters
+from utils.model.attention_kernels import EFFICIENT, FLASH
+from utils.model.decoder import load_base_model
+from utils.model.folder import ModelFolder
+from utils.model.fused_layers import Functions, FusedLayers
+from utils.rows.packing import pack
+from utils.training.response_loss import ResponseLoss
 
 CPU = torch.device("cpu")
 
@@ -118,7 +118,7 @@ def test_a_run_learns_the_same(grouped_model, tmp_path, monkeypatch, data_file, 
     trainer = make_trainer(grouped_model, tmp_path / "shared", data_file, **settings)
     assert all(example.shared_length > 10 for example in [*trainer.training, *trainer.held_out])
     losses, held_out = train(trainer), trainer.evaluate()
-    monkeypatch.setattr("utils.data.share_prefixes", list)
+    monkeypatch.setattr("ft_datasets.loading.share_prefixes", list)
     apart = make_trainer(grouped_model, tmp_path / "apart", data_file, **settings)
     assert not any(example.shared_length for example in apart.training)
     assert losses == pytest.approx(train(apart), rel=1e-5)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_runs import run_script
-from runs_together import Case, run_all
+from helpers.command_runs import run_script
+from helpers.runs_together import Case, run_all
+from helpers.tiny_models import make_model
+from helpers.trainers import make_trainer
 from safetensors.torch import load_file, save_file
-from tiny_models import make_model
-from trainers import make_trainer
 from transformers import AutoModelForCausalLM
 
 from configs.errors import UserError
@@ -20,15 +20,15 @@ from configs.fsdp import FsdpConfig
 from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils import saving
-from utils.adapters import add_adapter, trainable_parameters
-from utils.checkpoint import read_checkpoint
-from utils.consolidating import consolidate
-from utils.llama import causal_lm, empty_base_model, load_weights
-from utils.model_folder import ModelFolder
-from utils.precision import Precision
-from utils.sharding import recover, sharding_group_size
-from utils.trainable import load_trainable
+from utils.machine.precision import Precision
+from utils.model.adapters import add_adapter, trainable_parameters
+from utils.model.decoder import causal_lm, empty_base_model, load_weights
+from utils.model.folder import ModelFolder
+from utils.results import saving
+from utils.results.consolidating import consolidate
+from utils.runs.checkpoint import read_checkpoint
+from utils.training.sharding import recover, sharding_group_size
+from utils.training.trainable import load_trainable
 
 RUN = "--max_steps 6 --save_steps 2 --save_minutes 0 --keep_checkpoints 9 --lr 1e-3"
 FULL = f"{RUN} --freeze_layers"
@@ -88,9 +88,9 @@ def measure_loading(config, world, folder) -> None:
 
 def note_dtypes(config, world, folder) -> None:
     """Note the dtypes of weights and gradients when computing in bf16, and the loss of the same model not sharded."""
-    from trainers import made_up_examples
+    from helpers.trainers import made_up_examples
 
-    from utils.packing import pack
+    from utils.rows.packing import pack
 
     precision = Precision(torch.bfloat16, torch.float32, "")
     batch = pack(made_up_examples()[: 2 + world.rank], world.device)
@@ -114,9 +114,9 @@ def note_dtypes(config, world, folder) -> None:
 
 def break_off(config, world, folder) -> None:
     """Run out of memory in a forward and in a backward pass; note whether the next gradients are the right ones."""
-    from trainers import made_up_examples
+    from helpers.trainers import made_up_examples
 
-    from utils.packing import pack
+    from utils.rows.packing import pack
 
     module = load_trainable(config, world, folder, Precision(torch.float32, torch.float32, ""))
     batch = pack(made_up_examples()[: 2 + world.rank], world.device)

@@ -6,25 +6,25 @@ import numpy as np
 import peft
 import pytest
 import torch
+from helpers.trainers import make_trainer, project_logits, save_adapter, train
 from torch.nn.functional import cross_entropy
-from trainers import make_trainer, project_logits, save_adapter, train
 from transformers import LlamaForCausalLM
 
 from configs.errors import UserError
 from configs.peft import LoraConfig, PrefixConfig
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import encode_records, load_records
+from ft_datasets.loading import load_data
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.activations import MicroBatch
-from utils.adapters import load_adapter
-from utils.checkpoint import read_checkpoint
-from utils.data import load_data
-from utils.llama import causal_lm, load_base_model
-from utils.model_folder import ModelFolder
-from utils.packing import StepTokens, pack
-from utils.quantization import rounded_weight
-from utils.trials import Trials
+from utils.model.activations import MicroBatch
+from utils.model.adapters import load_adapter
+from utils.model.decoder import causal_lm, load_base_model
+from utils.model.folder import ModelFolder
+from utils.model.quantization import rounded_weight
+from utils.rows.packing import StepTokens, pack
+from utils.runs.checkpoint import read_checkpoint
+from utils.training.trials import Trials
 
 CPU = torch.device("cpu")
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
@@ -337,8 +337,12 @@ def test_a_run_that_would_fill_the_disk_is_refused(tiny_model, tmp_path, monkeyp
     numbers = 8 * 8 * 64
     needed = 4 * numbers * 3 * 3 + 4 * numbers
     roomy, tight = needed + 1000, needed - 1000
-    monkeypatch.setattr("utils.checkpoint.shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(0, 0, roomy))
+    monkeypatch.setattr(
+        "utils.runs.checkpoint.shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(0, 0, roomy)
+    )
     trainer.check_disk_space()
-    monkeypatch.setattr("utils.checkpoint.shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(0, 0, tight))
+    monkeypatch.setattr(
+        "utils.runs.checkpoint.shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(0, 0, tight)
+    )
     with pytest.raises(UserError, match="--keep_checkpoints"):
         trainer.check_disk_space()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.activations import Kept, MicroBatch, Offloaded, Recomputed
+from utils.model.activations import Kept, MicroBatch, Offloaded, Recomputed
 
 
 def kinds(micro_batch: MicroBatch, tokens: int, layers: int) -> str:

@@ -5,20 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trainers import make_trainer
-from varlen_on_cpu import use_varlen_on_cpu
+from helpers.trainers import make_trainer
+from helpers.varlen_on_cpu import use_varlen_on_cpu
 
-from utils import attention
-from utils.attention import (
-    KeyValueCache,
-    Prefix,
-    attention_backward,
-    attention_forward,
-    packed_attention,
-)
-from utils.attention_kernels import EFFICIENT, FLASH
-from utils.response_loss import ResponseLoss
-from utils.segments import Keys, Segments
+from utils.model import attention
+from utils.model.attention import KeyValueCache, Prefix, attention_backward, attention_forward, packed_attention
+from utils.model.attention_kernels import EFFICIENT, FLASH
+from utils.rows.segments import Keys, Segments
+from utils.training.response_loss import ResponseLoss
 
 HEAD_DIM = 8
 LAYER = SimpleNamespace(layer_idx=0)

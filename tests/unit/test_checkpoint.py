@@ -9,9 +9,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from configs.errors import UserError
-from utils import checkpoint
-from utils.checkpoint import Saver, load_tensors, newest_whole, read_checkpoint, save_checkpoint
-from utils.distributed import World
+from utils.machine.world import World
+from utils.runs import checkpoint
+from utils.runs.checkpoint import Saver, load_tensors, newest_whole, read_checkpoint, save_checkpoint
 
 WORLD = World(0, 0, 1, [torch.device("cpu")])
 
@@ -66,7 +66,7 @@ def test_what_the_disk_can_not_read_counts_as_damaged(tmp_path, monkeypatch):
         return original(file)
 
     original = checkpoint._sha256
-    monkeypatch.setattr("utils.checkpoint._sha256", sha256)
+    monkeypatch.setattr("utils.runs.checkpoint._sha256", sha256)
     found, (complaint,) = newest_whole(tmp_path)
     assert found.step == 5 and "Input/output error" in complaint
 
@@ -120,7 +120,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_too_large_for_a_copy_is_written_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.checkpoint.COPIED_AT_MOST", 100)
+    monkeypatch.setattr("utils.runs.checkpoint.COPIED_AT_MOST", 100)
     saver = Saver(tmp_path, WORLD, keep=2)
     saver.save({"step": 1}, tensors(1.0), report=pytest.fail)
     assert saver.thread is None and load(tmp_path, 1) == 1.0

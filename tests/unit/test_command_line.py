@@ -4,7 +4,7 @@ import pytest
 
 from configs.command_line import parse, usage
 from configs.errors import UserError
-from configs.inference import ApiConfig, ChatConfig, MergeConfig
+from configs.serving import ApiConfig, ChatConfig, MergeConfig
 from configs.training import TrainingConfig
 
 LLAMA_RECIPES_FLAGS = (

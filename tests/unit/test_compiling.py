@@ -2,22 +2,22 @@
 
 import pytest
 import torch
+from helpers.trainers import made_up_examples
+from helpers.varlen_on_cpu import use_varlen_on_cpu
 from torch import nn
 from torch._dynamo.utils import counters
-from trainers import made_up_examples
-from varlen_on_cpu import use_varlen_on_cpu
 
 from configs.errors import UserError
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
-from utils.activations import Kept
-from utils.adapters import add_adapter, prepare_full
-from utils.compiling import check_compiler, should_compile
-from utils.llama import causal_lm, forward_hidden, load_base_model, run_plain
-from utils.model_folder import ModelFolder
-from utils.packing import pack
-from utils.response_loss import ResponseLoss
-from utils.segments import Segments
+from utils.machine.compiling import check_compiler, should_compile
+from utils.model.activations import Kept
+from utils.model.adapters import add_adapter, prepare_full
+from utils.model.decoder import causal_lm, forward_hidden, load_base_model, run_plain
+from utils.model.folder import ModelFolder
+from utils.rows.packing import pack
+from utils.rows.segments import Segments
+from utils.training.response_loss import ResponseLoss
 
 CPU = torch.device("cpu")
 

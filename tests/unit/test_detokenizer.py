@@ -4,7 +4,7 @@ import random
 import shutil
 
 import pytest
-from tiny_models import TEXTS, write_tokenizer_json
+from helpers.tiny_models import TEXTS, write_tokenizer_json
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 

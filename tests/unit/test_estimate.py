@@ -6,32 +6,32 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from settings import ALL, FULL, LLAMA_7B, LORA, world
+from helpers.settings import ALL, FULL, LLAMA_7B, LORA, world
+from helpers.trainers import make_trainer, train
+from helpers.varlen_on_cpu import use_varlen_on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trainers import make_trainer, train
 from transformers import LlamaConfig, LlamaForCausalLM
-from varlen_on_cpu import use_varlen_on_cpu
 
 from configs.fsdp import FsdpConfig
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import Example
-from utils import report
-from utils.activations import MicroBatch
-from utils.distributed import World
-from utils.estimate import WORKSPACES, estimate, estimate_of_run
-from utils.layer_memory import LAYERS, LayerMemory, fused, kind_of
-from utils.llama import causal_lm
-from utils.loss import CHUNK, labelled_cross_entropy
-from utils.memory import forget_peak
-from utils.model_folder import ModelFolder
-from utils.optimization import BytesEach
-from utils.packing import pack
-from utils.precision import Precision
-from utils.segments import Segments
-from utils.shape import Shape, trained_parameters
-from utils.trainable import load_trainable
+from utils.machine.memory import forget_peak
+from utils.machine.precision import Precision
+from utils.machine.world import World
+from utils.model.activations import MicroBatch
+from utils.model.decoder import causal_lm
+from utils.model.folder import ModelFolder
+from utils.planning.estimate import WORKSPACES, estimate, estimate_of_run
+from utils.planning.layer_memory import LAYERS, LayerMemory, fused, kind_of
+from utils.planning.shape import Shape, trained_parameters
+from utils.reports import run as report
+from utils.rows.packing import pack
+from utils.rows.segments import Segments
+from utils.training.loss import CHUNK, labelled_cross_entropy
+from utils.training.optimizer import BytesEach
+from utils.training.trainable import load_trainable
 
 
 def test_weights_of_llama_2_7b():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from utils import loss
-from utils.loss import labelled_cross_entropy
+from utils.training import loss
+from utils.training.loss import labelled_cross_entropy
 
 ROWS, HIDDEN, VOCABULARY = 37, 16, 53
 

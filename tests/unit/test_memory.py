@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from utils.memory import free_main_memory
+from utils.machine.memory import free_main_memory
 
 GB = 2**30
 

@@ -5,8 +5,8 @@ import re
 from string import Formatter
 
 import pytest
-from command_runs import run_script
-from environment import ENVIRONMENT, ROOT
+from helpers.command_runs import run_script
+from helpers.environment import ENVIRONMENT, ROOT
 
 from scripts import catalogue
 

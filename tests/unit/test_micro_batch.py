@@ -5,11 +5,11 @@ import time
 import pytest
 import torch
 
-from utils import micro_batch
-from utils.activations import HostMemory, MicroBatch
-from utils.distributed import World
-from utils.micro_batch import Search, rows_of, rows_together, token_budgets
-from utils.packing import StepTokens
+from utils.machine.world import World
+from utils.model.activations import HostMemory, MicroBatch
+from utils.rows.packing import StepTokens
+from utils.training import search as micro_batch
+from utils.training.search import Search, rows_of, rows_together, token_budgets
 
 LAYERS = 32
 CARD = World(0, 0, 1, [torch.device("cuda", 0)])

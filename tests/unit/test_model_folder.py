@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.errors import UserError
-from utils.model_folder import ModelFolder
+from utils.model.folder import ModelFolder
 
 
 def complaint(path) -> str:

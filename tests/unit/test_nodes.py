@@ -3,13 +3,13 @@
 import subprocess
 
 import pytest
-from environment import ENVIRONMENT, ROOT
+from helpers.environment import ENVIRONMENT, ROOT
 from torch.distributed.run import get_args_parser
 
 from configs.command_line import parse
 from configs.errors import UserError
 from configs.training import TrainingConfig
-from utils.distributed import start_world
+from utils.machine.world import start_world
 
 
 def executable(path, text: str) -> None:

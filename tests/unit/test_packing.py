@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ft_datasets.alpaca_dataset import Example
-from utils.packing import Schedule, pack, share_out
+from utils.rows.packing import Schedule, pack, share_out
 
 CPU = torch.device("cpu")
 

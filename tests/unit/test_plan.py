@@ -6,18 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from settings import FULL, LLAMA_7B, LORA, world
+from helpers.settings import FULL, LLAMA_7B, LORA, world
 
 import llama_finetuning
 from configs.command_line import flags_of, parse
 from configs.errors import UserError
 from configs.training import TrainingConfig
-from utils import plan
-from utils.activations import MicroBatch
-from utils.data import load_data
-from utils.distributed import World
-from utils.estimate import estimate
-from utils.model_folder import ModelFolder
+from ft_datasets.loading import load_data
+from utils.machine.world import World
+from utils.model.activations import MicroBatch
+from utils.model.folder import ModelFolder
+from utils.planning.estimate import estimate
+from utils.reports import plan
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_memory_is_checked_before_the_model_is_loaded(tiny_model, data_file, tmp
         raise UserError("too small")
 
     monkeypatch.setattr(plan, "check_memory", refuse)
-    monkeypatch.setattr("utils.llama.load_base_model", lambda *_arguments: pytest.fail("loaded"))
+    monkeypatch.setattr("utils.model.decoder.load_base_model", lambda *_arguments: pytest.fail("loaded"))
     flags = f"--model_name {tiny_model} --alpaca_dataset.data_path {data_file} --output_dir {tmp_path / 'out'}"
     with pytest.raises(UserError, match="too small"):
         llama_finetuning.main(flags.split())

@@ -7,7 +7,7 @@ import jinja2
 import jinja2.sandbox
 import pytest
 import sentencepiece
-from tiny_models import write_tokenizer_json
+from helpers.tiny_models import write_tokenizer_json
 
 from configs.errors import UserError
 from ft_datasets.alpaca_dataset import Record, encode_records

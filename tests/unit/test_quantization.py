@@ -5,7 +5,7 @@ import torch
 from bitsandbytes import functional
 from torch import nn
 
-from utils.quantization import LAYERS, QuantizedLinear, quantize_linears, rounded_weight
+from utils.model.quantization import LAYERS, QuantizedLinear, quantize_linears, rounded_weight
 
 SHAPES = [(32, 64), (33, 66), (7, 100), (1, 64), (128, 24), (64, 96), (5, 96), (3, 32)]
 """Rows that are no whole number of NF4's blocks among them; they hold whole bytes: an even number of weights."""

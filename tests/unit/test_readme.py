@@ -4,13 +4,13 @@ import re
 import shlex
 
 import pytest
-from environment import ROOT
+from helpers.environment import ROOT
 
-import quickstart
 from configs.command_line import parse, usage
 from configs.download import DownloadConfig
-from configs.inference import ApiConfig, ChatConfig, ConverterConfig, MergeConfig
+from configs.serving import ApiConfig, ChatConfig, ConverterConfig, MergeConfig
 from configs.training import TrainingConfig
+from scripts import quickstart
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 BOTH = pytest.mark.parametrize("readme", [ENGLISH, CHINESE])
@@ -78,10 +78,10 @@ def test_commands_of_the_quickstart_are_understood():
         parse(TrainingConfig, settings.split())
 
 
-@pytest.mark.parametrize("file", [ENGLISH, CHINESE, "quickstart.py"])
+@pytest.mark.parametrize("file", [ENGLISH, CHINESE, "scripts/quickstart.py"])
 def test_flags_exist(file):
     text = text_of(file)
-    if file != "quickstart.py":  # commands in code blocks are parsed whole, above
+    if file != "scripts/quickstart.py":  # commands in code blocks are parsed whole, above
         text = "\n".join(re.findall(r"`(.+?)`", CODE_BLOCK.sub("", text)))
     flags = set(re.findall(r"(?<![\w-])--([a-z][\w.]*[a-z0-9])", text))
     assert len(flags) > 8

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from configs.training import TrainingConfig
-from utils.distributed import World
-from utils.model_folder import ModelFolder
-from utils.precision import Precision
-from utils.report import note_on_cards
+from utils.machine.precision import Precision
+from utils.machine.world import World
+from utils.model.folder import ModelFolder
+from utils.reports.run import note_on_cards
 
 LLAMA_2_7B = {
     "architectures": ["LlamaForCausalLM"],

@@ -12,7 +12,7 @@ from ft_datasets.alpaca_dataset import Example, encode_records, load_records
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.shared_prefixes import common_prefixes, share_prefixes
 from ft_datasets.tokenizer import Tokenizer
-from utils.packing import Schedule, first_that_fit, heaviest_first, pack, share_out, tokens_of_a_step
+from utils.rows.packing import Schedule, first_that_fit, heaviest_first, pack, share_out, tokens_of_a_step
 
 CPU = torch.device("cpu")
 

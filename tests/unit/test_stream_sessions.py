@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from utils.stream_sessions import ABANDONED_SECONDS, REPLAY_SECONDS, StreamSessions
+from inference.web.stream_sessions import ABANDONED_SECONDS, REPLAY_SECONDS, StreamSessions
 
 END = object()
 

@@ -1,6 +1,6 @@
 """Warnings about losses, against sequences made by hand."""
 
-from utils.watch import LossWatch
+from utils.training.loss_watch import LossWatch
 
 
 def warnings(losses):

@@ -1,0 +1,153 @@
+"""The HTTP interface over the engine."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr
+from starlette.exceptions import HTTPException
+
+from configs.errors import UserError
+from configs.messages import _
+from configs.serving import Sampling
+from ft_datasets.prompt import Turn
+from inference.engine import Engine, PromptTooLong
+from inference.web.stream_sessions import STOP, StreamSessions
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return text
+
+
+def _encodable(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half a character (a lone surrogate)")
+    return text
+
+
+Text = Annotated[StrictStr, AfterValidator(_encodable)]
+
+
+class StreamRequest(BaseModel):
+    """The body of POST /stream; sampling fields that are left out take the server's defaults."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[Text, AfterValidator(_not_blank)]
+    history: list[tuple[Text, Text]] | None = None
+    session_id: Text | None = None
+    max_new_tokens: int | None = Field(None, ge=1, le=1_000_000, strict=True)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, strict=True)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    seed: int | None = Field(None, ge=0, lt=2**63, strict=True)
+
+
+class StreamResponse(BaseModel):
+    """The answer so far; `response` ends in [stop] once nothing more will come."""
+
+    response: str
+    history: list[Turn]
+    status: int
+    time: str
+    session_id: str
+
+
+def make_app(engine: Engine, defaults: Sampling, sessions: StreamSessions) -> FastAPI:
+    """The application: POST /stream, and a description of it under /docs."""
+    app = FastAPI(title="llama2-chinese", description="Poll POST /stream until `response` ends in [stop].")
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+        given = request.headers.get("content-type", "")
+        if "json" not in given:  # curl -d alone says that it sends a form
+            wanted = "the body must be sent with the header Content-Type: application/json"
+            return _refusal(415, f"{wanted} (its Content-Type is {given or 'missing'})")
+        return _refusal(422, "; ".join(map(_describe, error.errors())))
+
+    @app.exception_handler(HTTPException)
+    async def refuse_unreadable(_request: Request, error: HTTPException) -> JSONResponse:
+        return _refusal(error.status_code, str(error.detail))
+
+    @app.post("/stream")
+    def stream(body: StreamRequest, request: Request) -> StreamResponse:
+        chosen = {name: value for name, value in body.model_dump().items() if value is not None}
+        sampling = replace(
+            _plain(defaults), **{name: chosen[name] for name in Sampling.__dataclass_fields__ if name in chosen}
+        )
+        history = [tuple(turn) for turn in body.history or []]
+        prompt_ids = engine.encode_chat(body.prompt, history)
+
+        def generate(cancel: threading.Event) -> Iterator[str]:
+            return engine.stream(prompt_ids, sampling, cancel=cancel)
+
+        key = (body.prompt, tuple(history), repr(sampling))
+        address = request.client.host if request.client else ""
+        answer = sessions.poll(address, body.session_id, key, generate)
+        text = answer.text + (f"\n{answer.error}" if answer.error else "")
+        return StreamResponse(
+            response=text.lstrip("\n") + (STOP if answer.ended else ""),
+            history=[*history, (body.prompt, answer.text)],
+            status=500 if answer.error else 200,
+            time=datetime.now().strftime("%Y-%m-%d %H:%M:%S"),
+            session_id=answer.session_id,
+        )
+
+    @app.exception_handler(PromptTooLong)
+    async def too_long(_request: Request, error: PromptTooLong) -> JSONResponse:
+        return _refusal(413, f"prompt: {error}")
+
+    return app
+
+
+def _describe(problem: dict[str, Any]) -> str:
+    """Where a body is wrong, and what is wrong with it."""
+    place = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"{place}: no such field; there are {', '.join(StreamRequest.model_fields)}"
+    return f"{place}: {problem['msg']}"
+
+
+def _refusal(status: int, reason: str) -> JSONResponse:
+    body: dict[str, Any] = {"response": reason + STOP, "history": [], "status": status, "detail": reason}
+    body["time"] = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    return JSONResponse(body, status_code=status)
+
+
+def _plain(sampling: Sampling) -> Sampling:
+    """The sampling settings alone, of a configuration that holds more."""
+    return Sampling(**{name: getattr(sampling, name) for name in Sampling.__dataclass_fields__})
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    Raises:
+        UserError: the address can't be used.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(
+            _(
+                "Can't listen on {host}:{port} ({error}). Choose another --port.",
+                host=host,
+                port=port,
+                error=error.strerror,
+            )
+        ) from error
+
+
+def serve(app: FastAPI, listener: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])

@@ -1,0 +1,272 @@
+"""The trainable part of a model: put over a base model, and loaded again for use."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.errors import UserError
+from configs.messages import _
+from configs.peft import ALL_LINEAR
+from configs.training import TrainingConfig
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
+from utils.model.attention import Prefix
+from utils.model.decoder import causal_lm
+from utils.model.folder import ADAPTER_CONFIG, ModelFolder, is_whole
+
+TRAINING_CONFIG = "training_config.json"
+DESCRIBED = ("settings", "prompt_template", "bos_ids", "eos_id", "tokenizer_fingerprint", "base_model_fingerprint")
+"""What a training_config.json must hold for an adapter to be used."""
+
+
+def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
+    """Put the chosen PEFT adapter over the frozen model; its weights are fp32.
+
+    LoRA goes over a model without weights (`empty_base_model`) as well.
+
+    Raises:
+        UserError: the adapter does not fit this model.
+    """
+    import peft
+
+    torch.manual_seed(config.seed)
+    layers = len(causal_lm(model).model.layers)
+    if config.peft_method == "lora":
+        settings = config.lora_config
+        targets = settings.target_modules
+        _check_targets(model, targets)
+        _check_modules_to_save(model, settings.modules_to_save)
+        peft_config: Any = peft.LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
+            modules_to_save=settings.modules_to_save or None,
+            task_type="CAUSAL_LM",
+        )
+    elif config.peft_method == "llama_adapter":
+        if model.config.model_type not in ("llama", "mistral"):
+            raise UserError(
+                _(
+                    "--peft_method llama_adapter: PEFT has it for llama and mistral models, not for {type}. "
+                    "Use --peft_method lora.",
+                    type=model.config.model_type,
+                )
+            )
+        settings = config.llama_adapter_config
+        peft_config = peft.AdaptionPromptConfig(
+            adapter_len=settings.adapter_len,
+            adapter_layers=min(settings.adapter_layers, layers),
+            task_type="CAUSAL_LM",
+        )
+    else:
+        peft_config = peft.PrefixTuningConfig(
+            num_virtual_tokens=config.prefix_config.num_virtual_tokens, task_type="CAUSAL_LM"
+        )
+    adapted = peft.get_peft_model(model, peft_config)
+    if config.peft_method == "lora":
+        _draw_lora(adapted, config.seed)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def _draw_lora(adapted: nn.Module, seed: int) -> None:
+    """Draw LoRA's first weights by PEFT's default rule (Kaiming-uniform A, B = 0), in the order of the layers.
+
+    On the CPU, so that they are the same wherever the base lies; and where the base has no weights yet, the adapter,
+    which PEFT leaves without any as well, has them from here on, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in trainable_parameters(adapted).items():
+        if ".lora_" not in name:
+            continue  # modules that are trained whole begin as the base has them
+        first = torch.zeros(parameter.shape)
+        if ".lora_A." in name:
+            nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
+        device = torch.device("cpu") if parameter.is_meta else parameter.device
+        owner, _dot, leaf = name.rpartition(".")
+        setattr(adapted.get_submodule(owner), leaf, nn.Parameter(first.to(device)))
+
+
+def _check_targets(model: nn.Module, targets: list[str]) -> None:
+    linears = {name.rpartition(".")[2] for name, module in model.model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = sorted(set(targets) - linears - {ALL_LINEAR})
+    if unknown:
+        raise UserError(
+            _(
+                "--lora_config.target_modules: this model has no linear layer named {names}; it has {known}.",
+                names=", ".join(unknown),
+                known=", ".join(sorted(linears)),
+            )
+        )
+
+
+def _check_modules_to_save(model: nn.Module, names: list[str]) -> None:
+    others = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+        and (not isinstance(module, nn.Linear) or module is model.get_output_embeddings())
+    }
+    unknown = sorted(set(names) - others)
+    if unknown:
+        raise UserError(
+            _(
+                "--lora_config.modules_to_save: this model has no embedding, head or norm named {names}; it has "
+                "{known}. (Other linear layers: --lora_config.target_modules.)",
+                names=", ".join(unknown),
+                known=", ".join(sorted(others)),
+            )
+        )
+    if model.config.tie_word_embeddings and (tied := sorted({"embed_tokens", "lm_head"} & set(names))):
+        raise UserError(
+            _(
+                "--lora_config.modules_to_save {names}: embedding and head of this model are one tensor, and an "
+                "adapter would tear them apart. Leave it out, or train all the weights (--use_peft False).",
+                names=",".join(tied),
+            )
+        )
+
+
+def prepare_full(model: nn.Module, config: TrainingConfig) -> nn.Module:
+    """Make all weights trainable, but for the layers that --freeze_layers keeps."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    if config.freeze_layers:
+        for module in [model.get_input_embeddings(), *model.model.layers[: config.num_freeze_layers]]:
+            module.requires_grad_(False)
+    return model
+
+
+def learnt_prefix(model: nn.Module) -> Prefix | None:
+    """The keys and values that prefix tuning puts before every example; None for other adapters."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning or config.is_adaption_prompt:
+        return None
+    cache = model.get_prompt(batch_size=1)
+    devices = [layer.input_layernorm.weight.device for layer in causal_lm(model).model.layers]
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    return Prefix([(k.to(device), v.to(device)) for (k, v), device in zip(pairs, devices, strict=True)])
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, in a fixed order, each shared one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Put a saved adapter over a base model, for inference, in `dtype`.
+
+    Raises:
+        UserError: the folder holds no adapter, or one for a model of another shape.
+    """
+    import peft
+
+    check_adapter_folder(folder)
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError, OSError, KeyError) as error:  # PEFT's own words for shapes that differ
+        raise UserError(
+            _(
+                "The adapter in {folder} does not fit this base model:\n  {error}\nGive the base model that it was "
+                "trained on.",
+                folder=folder,
+                error="\n  ".join(line.strip() for line in str(error).strip().split("\n")[:2]),
+            )
+        ) from error
+    for parameter in adapted.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+    return adapted.eval()
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Refuse a folder that holds no adapter, or half of one, saying what it holds instead."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        broken = [ADAPTER_CONFIG] if not _is_json_object(folder / ADAPTER_CONFIG) else []
+        files = (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
+        broken += [file.name for file in files if file.is_file() and not is_whole(file)]
+        if broken:
+            raise UserError(
+                _(
+                    "The adapter in {folder} is not whole: {files} cut short or damaged. Copy it again.",
+                    folder=folder,
+                    files=", ".join(broken),
+                )
+            )
+        return
+    if (folder / "config.json").is_file():
+        raise UserError(
+            _(
+                "{folder} holds a whole model, not an adapter. Use it as the base: --base_model {folder} "
+                "--lora_weights ''",
+                folder=folder,
+            )
+        )
+    raise UserError(
+        _(
+            "There is no adapter in {folder} (no {file}). Train one with llama_finetuning.py --output_dir {folder}, "
+            "give the folder that holds it, or --lora_weights '' for the base model alone.",
+            folder=folder,
+            file=ADAPTER_CONFIG,
+        )
+    )
+
+
+def _is_json_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
+
+
+def read_training_config(folder: Path) -> dict[str, Any] | None:
+    """A folder's training_config.json; None for adapters and models made elsewhere.
+
+    Raises:
+        UserError: the file is there and broken.
+    """
+    path = folder / TRAINING_CONFIG
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if lacking := [key for key in DESCRIBED if key not in described]:
+            raise ValueError(_("it lacks {keys}", keys=", ".join(lacking)))
+        return described
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(_("{file} can't be read ({error}).", file=path, error=error)) from error
+
+
+def check_belongs(adapter_folder: Path, base: ModelFolder, tokenizer: Tokenizer) -> PromptTemplate:
+    """The template that an adapter was trained with, once it is clear that base model and tokenizer are its own.
+
+    Raises:
+        UserError: another base model or another tokenizer.
+    """
+    described = read_training_config(adapter_folder)
+    if described is None:
+        return PromptTemplate()
+    trained_on = described["settings"]["model_name"]
+    if described["tokenizer_fingerprint"] != tokenizer.fingerprint:
+        what = _("another tokenizer")
+    elif described["base_model_fingerprint"] != base.fingerprint():
+        what = _("another base model")
+    else:
+        return PromptTemplate(**described["prompt_template"])
+    raise UserError(
+        _(
+            "The adapter in {adapter} was trained over {what}, not over {base}: it was trained over {trained_on}. "
+            "Give that model with --base_model.",
+            adapter=adapter_folder,
+            what=what,
+            base=base.path,
+            trained_on=trained_on,
+        )
+    )

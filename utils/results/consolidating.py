@@ -1,0 +1,86 @@
+"""A checkpoint of a run turned into what the run itself hands over at its end: a model, or an adapter."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from configs.errors import UserError
+from configs.messages import _
+from configs.training import TrainingConfig
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
+from utils.machine.world import World
+from utils.model.adapters import add_adapter, prepare_full
+from utils.model.decoder import empty_base_model
+from utils.model.folder import ModelFolder
+from utils.results.saving import UNFINISHED, describe_run, model_card, save_result
+from utils.runs.checkpoint import Checkpoint, load_tensors
+
+
+def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> TrainingConfig:
+    """Write the weights of a checkpoint in PEFT's or transformers' form, tensor by tensor, on the CPU.
+
+    Whatever number of processes saved it, sharded or not, the files are those of the run's own end at this step.
+
+    Returns:
+        The settings of the run, with `base` and `output` for its folders.
+
+    Raises:
+        UserError: the checkpoint is not of this base model, or of a kind that can't be converted; `output` holds files.
+    """
+    state = checkpoint.state
+    config = replace(TrainingConfig.restored(state["settings"]), model_name=str(base.path), output_dir=str(output))
+    if output.is_dir() and any(item.name != UNFINISHED for item in output.iterdir()):
+        raise UserError(
+            _("{folder} is not empty. Give another --consolidated_model_path, or remove it.", folder=output)
+        )
+    if config.use_peft and config.peft_method != "lora":
+        raise UserError(
+            _(
+                "{path} is a checkpoint of --peft_method {method}; LoRA and full fine-tuning can be converted. Go on "
+                "with its run instead: the run saves its adapter when it ends.",
+                path=checkpoint.path,
+                method=config.peft_method,
+            )
+        )
+    tokenizer, template = Tokenizer(base.path), PromptTemplate()
+    fingerprint = base.fingerprint()
+    for name, value, what in (
+        ("base_model", fingerprint, _("another base model")),
+        ("tokenizer", tokenizer.fingerprint, _("another tokenizer")),
+        ("prompt_template", repr(template), _("another prompt template")),
+    ):
+        if state["identity"][name] != value:
+            raise UserError(
+                _(
+                    "{path} is a checkpoint of a run with {what}: it was trained over {trained_on}. Give that model "
+                    "with --HF_model_path_or_name.",
+                    path=checkpoint.path,
+                    what=what,
+                    trained_on=state["settings"]["model_name"],
+                )
+            )
+    # fp32, as the run trains; nothing is loaded into this model, it tells names and shapes.
+    model = empty_base_model(base, torch.float32)
+    model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)
+    description = describe_run(config, tokenizer, template, fingerprint)
+    description["trained_steps"] = checkpoint.step
+    facts = {_("base model"): f"`{config.model_name}`", _("steps"): str(checkpoint.step)}
+    save_result(config, model, _tensors(model, checkpoint, base, config), description, model_card(config, facts))
+    return config
+
+
+def _tensors(
+    model: nn.Module, checkpoint: Checkpoint, base: ModelFolder, config: TrainingConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What was trained, from the checkpoint; and of a whole model, what stayed as it was, from the base."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensor = torch.empty(parameter.shape, dtype=parameter.dtype)
+            load_tensors(checkpoint, {"weights": {name: tensor}}, World(0, 0, 1, [torch.device("cpu")]))
+            yield name, tensor
+        elif not config.use_peft:
+            yield name, base.tensor(name)

@@ -1,0 +1,197 @@
+"""A LoRA adapter merged into its base model, tensor by tensor."""
+
+import json
+import math
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from configs.errors import UserError
+from configs.messages import _
+from configs.quantization import Quantization
+from ft_datasets.prompt import PromptTemplate
+from utils.model.adapters import TRAINING_CONFIG
+from utils.model.folder import ADAPTER_CONFIG, ModelFolder, open_tensors
+from utils.model.quantization import rounded_weight
+from utils.results.saving import make_readable, write_model
+from utils.training.optimizer import round_stochastically
+
+PREFIX = "base_model.model."
+SAMPLED_ROWS = 256
+"""Rows of a weight that tell how much of what is added to it a rounding leaves."""
+ARRIVES = 0.95
+"""As much of it as must be left."""
+
+
+class LoraDelta:
+    """What an adapter adds to each weight of its base model.
+
+    Raises:
+        UserError: it is not a LoRA adapter, or one of a kind that can't be merged exactly.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        kind = self.config.get("peft_type")
+        if kind != "LORA":
+            raise UserError(
+                _(
+                    "{folder} is an adapter of kind {kind}, which adds no weights that could be merged. Use it with "
+                    "generate.py or api_stream.py as it is.",
+                    folder=folder,
+                    kind=kind,
+                )
+            )
+        for setting in ("use_dora", "fan_in_fan_out", "lora_bias"):
+            if self.config.get(setting):
+                raise UserError(
+                    _("{folder}: adapters with {setting} can't be merged here.", folder=folder, setting=setting)
+                )
+        file = folder / "adapter_model.safetensors"
+        if not file.is_file():
+            file = folder / "adapter_model.bin"
+        if not file.is_file():
+            raise UserError(_("{folder} has no adapter_model.safetensors: it is not whole.", folder=folder))
+        with open_tensors(file) as tensors:
+            self.tensors = {name.removeprefix(PREFIX): tensors.get_tensor(name) for name in list(tensors.keys())}
+        self.unused = set(self.tensors)
+
+    def apply(self, name: str, weight: torch.Tensor, quantization: Quantization | None) -> torch.Tensor:
+        """The merged weight, in the dtype of `weight`."""
+        replacement = self._take(name)  # modules_to_save: trained whole
+        if replacement is not None:
+            return replacement.to(weight.dtype)
+        module = name.removesuffix(".weight")
+        a, b = self._take(f"{module}.lora_A.weight"), self._take(f"{module}.lora_B.weight")
+        saved = self._take(f"{module}.base_layer.weight")  # PEFT saves an adapted head (resized, perhaps) whole
+        if saved is not None:
+            weight = saved.to(weight.dtype)
+        # As load_base_model quantises: the decoder's linear layers, whether or not they have an adapter.
+        is_rounded = quantization and name.startswith("model.layers.") and weight.dim() == 2
+        base = rounded_weight(weight, quantization) if is_rounded else weight
+        if a is None or b is None:
+            return base.to(weight.dtype)
+        if tuple(weight.shape) != (b.shape[0], a.shape[1]):
+            raise UserError(
+                _(
+                    "{name} has shape {base} in the base model and {adapter} in the adapter: they do not belong "
+                    "together.",
+                    name=name,
+                    base=tuple(weight.shape),
+                    adapter=(b.shape[0], a.shape[1]),
+                )
+            )
+        added = self._scale(module, a.shape[0]) * (b.float() @ a.float())
+        return rounded_sum(base.float(), added, weight.dtype, seed=zlib.crc32(name.encode()))
+
+    def check_all_used(self) -> None:
+        """Refuse an adapter with weights for modules that the base model does not have."""
+        if self.unused:
+            raise UserError(
+                _(
+                    "The adapter in {folder} has weights for {name}, which this base model does not have.",
+                    folder=self.folder,
+                    name=sorted(self.unused)[0],
+                )
+            )
+
+    def _take(self, name: str) -> torch.Tensor | None:
+        self.unused.discard(name)
+        return self.tensors.get(name)
+
+    def _scale(self, module: str, rank: int) -> float:
+        alpha = _pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _pattern(patterns: dict[str, Any] | None, module: str, default: float) -> float:
+    """PEFT's per-module settings: the first pattern that matches the end of the module's name counts."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def rounded_sum(base: torch.Tensor, added: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """base + added, both fp32, in `dtype`.
+
+    What an adapter adds after few steps is smaller than the last bit of a bf16 weight: rounded to the nearest, most of
+    it would be gone. Where it would, the sum is rounded up or down at random, which keeps the mean.
+
+    Args:
+        seed: of that; the same sum is always rounded alike.
+    """
+    total = base + added
+    nearest = total.to(dtype)
+    sample = slice(SAMPLED_ROWS)
+    arriving = ((nearest[sample].float() - base[sample]) * added[sample]).sum() / added[sample].square().sum()
+    if dtype == torch.bfloat16 and arriving < ARRIVES:  # nothing is lost of nothing: no number is smaller than 0 / 0
+        return round_stochastically(total, seed)
+    return nearest
+
+
+def merge(
+    base: ModelFolder,
+    adapter: Path,
+    output: Path,
+    template: PromptTemplate,
+    shard_gb: float,
+    quantization: Quantization | None = None,
+) -> int:
+    """Write the merged model as a hub repository would hold it; the folder appears whole or not at all.
+
+    Args:
+        quantization: merge into the base's decoder weights as this quantization rounds them.
+
+    Returns:
+        Bytes of the weights.
+
+    Raises:
+        UserError: `output` holds something already, the disk is too small, or base and adapter do not fit together.
+    """
+    delta, output = LoraDelta(adapter), output.resolve()
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(_("{folder} is not empty. Give another --output_dir, or remove it.", folder=output))
+    staging = output.with_name(output.name + ".unfinished")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        free = shutil.disk_usage(staging).free
+        if free < base.parameter_bytes:
+            raise UserError(
+                _(
+                    "The merged model needs {needed} GB, and the disk of {folder} has {free} GB left.",
+                    needed=f"{base.parameter_bytes / 1e9:.1f}",
+                    folder=output,
+                    free=f"{free / 1e9:.1f}",
+                )
+            )
+        size = write_model(base.path, _merged(base, delta, quantization), staging, template, shard_gb * 1e9)
+        delta.check_all_used()
+        if (adapter / TRAINING_CONFIG).is_file():  # generate.py finds the prompt template there
+            shutil.copyfile(adapter / TRAINING_CONFIG, staging / TRAINING_CONFIG)
+        make_readable(staging)
+        if output.is_dir():
+            output.rmdir()
+        staging.rename(output)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            _("{folder} can't be written ({error}).", folder=output, error=getattr(error, "strerror", None) or error)
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return size
+
+
+def _merged(
+    base: ModelFolder, delta: LoraDelta, quantization: Quantization | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, weight in base.tensors():
+        yield name, delta.apply(name, weight, quantization)

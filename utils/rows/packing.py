@@ -1,0 +1,289 @@
+"""Which examples a step trains on, and how they are shared out into packed rows.
+
+Everything here is a pure function of the seed, the step and the examples, so a run can go on from any step, with any
+number of processes, without stored state.
+"""
+
+import functools
+import hashlib
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ft_datasets.alpaca_dataset import Example
+from utils.rows.segments import ROW_MULTIPLE, Keys, Segments, bounds
+
+
+def seed_of(*parts: int) -> int:
+    """A seed for random numbers that depend on `parts` alone, such as (the run's seed, step)."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The run's arithmetic: examples, steps and epochs.
+
+    Attributes:
+        examples: how many there are to train on.
+        global_batch_size: examples an optimizer step, all processes together.
+    """
+
+    examples: int
+    global_batch_size: int
+    num_epochs: int
+    max_steps: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in a pass over the data; the last of a pass may have fewer examples."""
+        return -(-self.examples // self.global_batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        by_epochs = self.steps_per_epoch * self.num_epochs
+        return min(by_epochs, self.max_steps) if self.max_steps else by_epochs
+
+    def epoch_of(self, step: int) -> int:
+        """The pass, from 0, that a step (from 0) belongs to."""
+        return step // self.steps_per_epoch
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether a step (from 0) is the last of its pass."""
+        return (step + 1) % self.steps_per_epoch == 0
+
+    def indices(self, step: int) -> np.ndarray:
+        """Indices of the examples of a step (from 0), in the pass's seeded order."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = _order(self.examples, self.seed, epoch)
+        start = within * self.global_batch_size
+        return order[start : start + self.global_batch_size]
+
+    def largest_step(self, lengths: Sequence[int]) -> int:
+        """The most of a step, of the first 200, where example i counts lengths[i]."""
+        array = np.asarray(lengths)
+        return max(int(array[self.indices(step)].sum()) for step in range(min(self.total_steps, 200)))
+
+
+@functools.lru_cache(maxsize=2)
+def _order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The seeded order of a pass over the data; not to be written to."""
+    return np.random.default_rng([seed, epoch]).permutation(examples)
+
+
+def share_out(
+    examples: Sequence[Example], token_budget: int, world_size: int, micro_batch_size: int = 0
+) -> list[list[int]]:
+    """Share examples out into micro-batches of nearly equal size, as many for each process as for any other.
+
+    Heaviest first, each into the emptiest micro-batch (the LPT rule of scheduling, Graham 1969). A prefix that examples
+    share counts once in a micro-batch.
+
+    Args:
+        token_budget: most tokens of a micro-batch, whose examples together are not longer than twice as many; one that
+            is longer by itself gets one of its own.
+        world_size: the number of micro-batches is a multiple of it.
+        micro_batch_size: most examples of a micro-batch; 0 = no limit.
+
+    Returns:
+        Micro-batches as positions in `examples`, those of rank r at [r::world_size]; some may be empty.
+    """
+    weights = [example.weight for example in examples]
+    lightest, least_shared = min(weights), min(example.shared_length for example in examples)
+    most = min(micro_batch_size or len(examples), max(1, (token_budget - least_shared) // lightest))
+    # Two that would not fit beside an equal never share a micro-batch.
+    alone = sum(2 * example.weight + example.shared_length > token_budget for example in examples)
+    needed = max(-(-weight_of_a_row(examples) // token_budget), -(-len(weights) // most), alone, 1)
+    count = -(-needed // world_size) * world_size
+    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+    while True:
+        batches: list[list[int]] = [[] for _ in range(count)]
+        present: list[set[bytes]] = [set() for _ in range(count)]
+        open_batches = [(0, b) for b in range(count)]  # a heap of (tokens, number) of those that may take more
+        for i in order:
+            total, emptiest = open_batches[0]
+            added = _added(examples[i], present[emptiest])
+            if total and total + added > token_budget:
+                break
+            batches[emptiest].append(i)
+            present[emptiest].add(examples[i].prefix)
+            if len(batches[emptiest]) < most:
+                heapq.heapreplace(open_batches, (total + added, emptiest))
+            else:
+                heapq.heappop(open_batches)
+        else:
+            return [sorted(batch) for batch in batches]
+        count += world_size
+
+
+def heaviest_first(examples: Sequence[Example]) -> list[Example]:
+    """The longest, then those that attention has the most keys and values of, beside what they count; the rest."""
+    keys_first = sorted(examples, key=lambda example: (len(example) / example.weight, len(example)), reverse=True)
+    return [max(examples, key=len), *keys_first]
+
+
+def first_that_fit(examples: Iterable[Example], token_budget: int) -> list[Example]:
+    """The first of the examples, as many as a micro-batch takes, or one."""
+    chosen: list[Example] = []
+    present: set[bytes] = set()
+    total = 0
+    for example in examples:
+        added = _added(example, present)
+        if chosen and total + added > token_budget:
+            break
+        chosen.append(example)
+        present.add(example.prefix)
+        total += added
+    return chosen
+
+
+def _added(example: Example, present: set[bytes]) -> int:
+    """What an example counts in a micro-batch where some prefixes are present."""
+    return example.weight + (0 if example.prefix in present else example.shared_length)
+
+
+class StepTokens(NamedTuple):
+    """What one of several processes computes of a step.
+
+    Attributes:
+        largest: most tokens, if it were one row.
+        mean: of a usual step.
+        shared: of either, those of all prefixes that are shared; any row may have them.
+    """
+
+    largest: int
+    mean: int
+    shared: int
+
+
+def tokens_of_a_step(examples: Sequence[Example], schedule: Schedule, processes: int) -> StepTokens:
+    """What each of the processes has of a step, by the weights of the examples."""
+    weights, shared = [example.weight for example in examples], shared_tokens(examples)
+    # Processes do not share a step out quite evenly.
+    largest = math.ceil(1.02 * schedule.largest_step(weights) / processes)
+    mean = min(math.ceil(sum(weights) / len(weights) * schedule.global_batch_size / processes), largest)
+    return StepTokens(largest + shared, mean + shared, shared)
+
+
+def weight_of_a_row(examples: Sequence[Example]) -> int:
+    """What a row of these examples counts: no less than its tokens, nor than half of what its segments see."""
+    return shared_tokens(examples) + sum(example.weight for example in examples)
+
+
+def shared_tokens(examples: Sequence[Example]) -> int:
+    """Tokens of all prefixes that these examples share, each counted once."""
+    return sum({example.prefix: example.shared_length for example in examples}.values())
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Examples one after another in a single row, ready for the model.
+
+    Attributes:
+        input_ids: [tokens], int64.
+        position_ids: [tokens], int64, from 0 in every example; where its beginning is shared, its own go on from there.
+        segments: where each example lies, or what of it is not shared; shared beginnings come first.
+        label_rows: [labels], int64: the positions whose next token carries loss.
+        label_ids: [labels], int64: those next tokens.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: Segments
+    label_rows: torch.Tensor
+    label_ids: torch.Tensor
+
+
+class _Row:
+    """A row in the making."""
+
+    def __init__(self) -> None:
+        self.length = self.keys = 0
+        self.input_ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.key_rows: list[np.ndarray] = []
+        self.lengths: list[int] = []
+        self.key_lengths: list[int] = []
+        self.first_keys: dict[range, list[int]] = {}
+        """Of each prefix, by the rows where it stands: where its keys begin, in all segments that see it."""
+
+    def append(self, input_ids: np.ndarray, prefix: range = range(0)) -> int:
+        """Add a segment that goes on from a prefix; the row of its first token."""
+        first, length = self.length, len(input_ids)
+        if prefix:
+            self.first_keys[prefix].append(self.keys)
+        self.input_ids.append(input_ids)
+        self.positions.append(np.arange(len(prefix), len(prefix) + length))
+        self.key_rows += [np.array(prefix, dtype=np.int64), np.arange(first, first + length)]
+        self.lengths.append(length)
+        self.key_lengths.append(len(prefix) + length)
+        self.length += length
+        self.keys += len(prefix) + length
+        return first
+
+    def append_prefix(self, input_ids: np.ndarray) -> range:
+        """Add a prefix, before any other segment; the rows where it stands."""
+        first = self.append(input_ids)
+        rows = range(first, self.length)
+        self.first_keys[rows] = [first]
+        return rows
+
+    def segment_keys(self) -> Keys | None:
+        """What the segments see; None = each itself alone."""
+        if not self.first_keys:
+            return None
+        key_rows, shared = np.concatenate(self.key_rows), sum(map(len, self.first_keys))
+        copies = np.full((max(map(len, self.first_keys.values())), shared), -1)
+        for rows, firsts in self.first_keys.items():
+            copies[: len(firsts), rows.start : rows.stop] = np.add.outer(firsts, np.arange(len(rows)))
+        own = np.flatnonzero(key_rows >= shared)  # in the rows' order, each once
+        tensors = (torch.from_numpy(array) for array in (key_rows, copies, own))
+        return Keys(self.key_lengths, bounds(self.key_lengths), *tensors)
+
+
+def pack(
+    examples: Sequence[Example],
+    device: torch.device,
+    longest: int = 0,
+    at_least: int = 0,
+    last_device: torch.device | None = None,
+) -> PackedBatch:
+    """Lay examples end to end, behind the prefixes that several of them share.
+
+    On a GPU segments without labels, none longer than `longest`, fill the row up to a multiple of ROW_MULTIPLE.
+
+    Args:
+        longest: see Segments.
+        at_least: tokens that the row is filled up to in any case.
+        last_device: where the labels go, if elsewhere. (A copy from one card to another waits for both.)
+    """
+    row, prefixes, label_rows = _Row(), {}, []
+    for example in examples:
+        # A row where only one begins so is no exception: compiled code would be another.
+        if example.shared_length and example.prefix not in prefixes:
+            prefixes[example.prefix] = row.append_prefix(example.input_ids[: example.shared_length])
+    for example in examples:
+        prefix = prefixes.get(example.prefix, range(0))
+        first = row.append(example.input_ids[len(prefix) :], prefix) - len(prefix)
+        # The token at position p is predicted from position p - 1; BOS or a prompt stands before every labelled token.
+        label_rows.append(np.arange(first + max(example.prompt_length, 1) - 1, first + len(example) - 1))
+    multiple = ROW_MULTIPLE if device.type == "cuda" else 1
+    longest = max(longest, multiple, *map(len, examples))
+    filling = max(0, -(-max(at_least, row.length) // multiple) * multiple - row.length)
+    for start in range(0, filling, longest):
+        row.append(np.zeros(min(longest, filling - start), dtype=np.int32))
+    input_ids = torch.from_numpy(np.concatenate(row.input_ids).astype(np.int64))
+    rows = torch.from_numpy(np.concatenate(label_rows))
+    return PackedBatch(
+        input_ids=input_ids.to(device, non_blocking=True),
+        position_ids=torch.from_numpy(np.concatenate(row.positions)).to(device, non_blocking=True),
+        segments=Segments.of(row.lengths, device, longest, row.segment_keys()),
+        label_rows=rows.to(last_device or device, non_blocking=True),
+        label_ids=input_ids[rows + 1].to(last_device or device, non_blocking=True),
+    )

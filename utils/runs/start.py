@@ -1,0 +1,292 @@
+"""The output folder of a run: held by one run at a time, where it goes on from, and what interruptions cost it."""
+
+import fcntl
+import os
+import socket
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.messages import _
+from configs.training import TrainingConfig
+from utils.model.adapters import read_training_config
+from utils.rows.packing import Schedule
+from utils.runs.checkpoint import Checkpoint, newest_whole, numbered, read_checkpoint
+from utils.runs.metrics import read_metrics
+
+LOCK = ".lock"
+WAIT_FOR_LOCK_SECONDS = 15
+
+RUN_FILES = (
+    "adapter_*",
+    "training_config.json",
+    "metrics.jsonl",
+    "loss.png",
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "tokenizer*",
+    "special_tokens_map.json",
+)
+"""What a run writes into its output folder, beside checkpoints."""
+
+WITHOUT_EFFECT_ON_RESULT = frozenset(
+    "model_name output_dir batch_size_training micro_batch_size num_epochs max_steps num_workers_dataloader "
+    "run_validation val_batch_size save_model save_steps save_minutes keep_checkpoints save_optimizer resume "
+    "accept_changes dist_checkpoint_root_folder dist_checkpoint_folder torch_compile one_gpu enable_fsdp fsdp_config "
+    "gpu_memory_gb activation_offload preview plan".split()
+)
+"""Settings that may change between start and resumption. (The base model counts by its fingerprint, the batch by its
+global size, the length by its steps.)"""
+STRUCTURAL = (
+    "optimizer",
+    "use_peft",
+    "peft_method",
+    "lora_config.r",
+    "lora_config.target_modules",
+    "lora_config.modules_to_save",
+    "llama_adapter_config.",
+    "prefix_config.",
+    "freeze_layers",
+    "num_freeze_layers",
+)
+"""Beginnings of the settings that say which tensors are trained: with others a checkpoint can't be gone on from."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        schedule: its steps.
+        identity: all that its result depends on, but its length; stored with every checkpoint.
+        checkpoint: where it goes on from; None = at the beginning.
+        is_finished: there is nothing left to do.
+        notes: what to tell the user.
+    """
+
+    schedule: Schedule
+    identity: dict[str, Any]
+    checkpoint: Checkpoint | None
+    is_finished: bool
+    notes: list[str]
+
+
+def hold_folder(folder: Path) -> None:
+    """Create a run's output folder where needed, and keep other runs out of it until this process ends.
+
+    Raises:
+        UserError: the folder can't be written, or another run holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            _(
+                "The output folder {folder} can't be written ({error}). Give another one with --output_dir.",
+                folder=folder,
+                error=error.strerror,
+            )
+        ) from error
+    # The workers of a run that was just killed need a moment to notice it.
+    deadline = time.monotonic() + WAIT_FOR_LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                pid, host = [*os.pread(handle, 300, 0).decode(errors="replace").split(), "?", "?"][:2]
+                raise UserError(
+                    _(
+                        "Another run (process {pid} on {host}) is writing to {folder}. Wait until it ends, end it with "
+                        "`kill {pid}` there, or give another --output_dir.",
+                        pid=pid,
+                        host=host,
+                        folder=folder,
+                    )
+                ) from None
+            time.sleep(0.2)
+        except OSError:
+            break  # some network disks have no locks, and a run must be possible there as well
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+
+
+def find_start(config: TrainingConfig, world_size: int, examples: int, fingerprints: dict[str, str]) -> Start:
+    """Decide where the run begins, by --resume and what lies in its output folder.
+
+    Args:
+        examples: how many there are to train on.
+        fingerprints: hashes of data, base model, tokenizer and template.
+
+    Raises:
+        UserError: the run can't go on from what is there, and must not overwrite it.
+    """
+    checkpoint, notes = _find_checkpoint(config)
+    global_batch_size = config.batch_size_training * world_size
+    if checkpoint:
+        before = checkpoint.state
+        if not before["has_optimizer"]:
+            raise UserError(
+                _(
+                    "{path} was written with --save_optimizer False, so the run can't go on from it. To begin anew: "
+                    "--resume none.",
+                    path=checkpoint.path,
+                )
+            )
+        if before["batch_size_training"] == config.batch_size_training:
+            global_batch_size = before["identity"]["global_batch_size"]
+        if before["world_size"] != world_size:
+            notes.append(
+                _(
+                    "The run was made by {old} processes and goes on with {new}: {batch} examples a step, in the same "
+                    "order.",
+                    old=before["world_size"],
+                    new=world_size,
+                    batch=global_batch_size,
+                )
+            )
+    schedule = Schedule(examples, global_batch_size, config.num_epochs, config.max_steps, config.seed)
+    identity = run_identity(config, schedule, fingerprints)
+    finished = False
+    if checkpoint:
+        notes += _check_same_run(checkpoint, identity, schedule, config.accept_changes)
+        notes += _set_newer_aside(config.checkpoints_dir, checkpoint)
+        described = read_training_config(Path(config.output_dir)) or {}
+        finished = checkpoint.step >= schedule.total_steps and described.get("trained_steps") == checkpoint.step
+    return Start(schedule, identity, checkpoint, finished, notes)
+
+
+def run_identity(config: TrainingConfig, schedule: Schedule, fingerprints: dict[str, str]) -> dict[str, Any]:
+    """All that a run's result depends on, but its length, as flat names and values."""
+    identity: dict[str, Any] = {"global_batch_size": schedule.global_batch_size, **fingerprints}
+    for name, value in config.flat().items():
+        if name.partition(".")[0] not in WITHOUT_EFFECT_ON_RESULT:
+            identity[name] = value
+    del identity["alpaca_dataset.data_path"]  # the data counts by its fingerprint
+    return identity
+
+
+def repeated_steps(folder: Path, done: int) -> list[int]:
+    """How many steps a run does again after each of its interruptions, one number for each; the last one is just over.
+
+    Args:
+        folder: its output folder, as the interruption left it.
+        done: steps that the run goes on from.
+    """
+    before = read_training_config(folder)
+    if before is None:
+        return []
+    earlier = before.get("repeated_steps", [])
+    if "trained_steps" in before:  # it had come to its end, and is only made longer
+        return earlier
+    return [*earlier, sum("train_loss" in line and line["step"] > done for line in read_metrics(folder))]
+
+
+def _find_checkpoint(config: TrainingConfig) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that --resume asks for (None = begin anew), and what to tell about damaged newer ones."""
+    folder = Path(config.output_dir)
+    if folder.resolve() == Path(config.model_name).resolve():
+        raise UserError(
+            _("--output_dir {folder} is the base model's own folder. Give another one.", folder=config.output_dir)
+        )
+    if config.resume == "none":
+        _move_aside(folder, config.checkpoints_dir)
+        return None, []
+    if config.resume != "auto":
+        if not Path(config.resume).is_dir():
+            raise UserError(
+                _("--resume {value}: expected auto, none, or the folder of a checkpoint", value=config.resume)
+            )
+        return read_checkpoint(Path(config.resume)), []
+    newest, notes = newest_whole(config.checkpoints_dir)
+    if newest is None and notes:
+        raise UserError("\n".join([*notes, _("No whole checkpoint is left. To begin anew: --resume none.")]))
+    result = next((name for name in ("adapter_config.json", "config.json") if (folder / name).exists()), None)
+    if newest is None and result:
+        raise UserError(
+            _(
+                "{folder} holds an adapter or a model ({file}) and no checkpoint to go on from. Give another "
+                "--output_dir, or --resume none, which moves it aside.",
+                folder=folder,
+                file=result,
+            )
+        )
+    return newest, notes
+
+
+def _move_aside(folder: Path, checkpoints: Path) -> None:
+    """Make room for a new run in the folders of an old one."""
+    _set_aside(folder, {item for pattern in RUN_FILES for item in folder.glob(pattern)})
+    _set_aside(checkpoints, set(checkpoints.glob("step-*")))
+
+
+def _set_newer_aside(checkpoints: Path, chosen: Checkpoint) -> list[str]:
+    """A run that goes on from an older checkpoint must not meet the newer ones (damaged, or not chosen) again.
+
+    Returns:
+        What to tell.
+    """
+    newer = {path for path in numbered(checkpoints) if int(path.name.removeprefix("step-")) > chosen.step}
+    _set_aside(checkpoints, newer)
+    names = ", ".join(sorted(path.name for path in newer))
+    return [_("Newer checkpoints are set aside in {folder}: {names}", folder=checkpoints, names=names)] if newer else []
+
+
+def _set_aside(place: Path, items: set[Path]) -> None:
+    """Move items of a folder into `old-DATE` within it; nothing is deleted.
+
+    Raises:
+        UserError: the folder can't be written.
+    """
+    aside = place / datetime.now().strftime("old-%Y%m%d-%H%M%S")
+    try:
+        for item in sorted(items):
+            aside.mkdir(exist_ok=True)
+            item.rename(aside / item.name)
+    except OSError as error:
+        raise UserError(
+            _("{folder}: the old run can't be moved aside ({error}).", folder=place, error=error)
+        ) from error
+
+
+def _check_same_run(checkpoint: Checkpoint, identity: dict[str, Any], schedule: Schedule, accept: bool) -> list[str]:
+    """Compare a checkpoint's run with the one that is to go on from it; returns what to tell.
+
+    Raises:
+        UserError: something changed that would make it another run, and `accept` is not given.
+    """
+    before, total = checkpoint.state["identity"], checkpoint.state["total_steps"]
+    notes = []
+    changes = [f"  {name}: {before.get(name)} -> {now}" for name, now in identity.items() if before.get(name) != now]
+    if schedule.total_steps > total:
+        notes.append(
+            _(
+                "The run is now longer: {new} steps instead of {old}; the learning rate follows the new length.",
+                new=schedule.total_steps,
+                old=total,
+            )
+        )
+    elif schedule.total_steps < total:
+        changes.append(f"  steps: {total} -> {schedule.total_steps}")
+    structural = [change for change in changes if change.split(":")[0].strip().startswith(STRUCTURAL)]
+    if structural:
+        heading = _("{path} holds what was trained with other settings (old -> new):", path=checkpoint.path)
+        advice = _(
+            "These say what is trained, so the run can't go on with the new ones. Use the old ones, or begin anew "
+            "(--resume none)."
+        )
+        raise UserError("\n".join([heading, *structural, advice]))
+    if changes and not accept:
+        heading = _("{path} belongs to a run with other settings (old -> new):", path=checkpoint.path)
+        advice = _("Use the old settings, go on with the new ones (--accept_changes), or begin anew (--resume none).")
+        raise UserError("\n".join([heading, *changes, advice]))
+    if changes:
+        notes.append("\n".join([_("Going on with changed settings (old -> new):"), *changes]))
+    return notes
