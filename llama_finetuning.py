@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
 
         print_plan(config, folder, load_data(config, tokenizer, template, report=print))
     else:
-        from utils.machine.world import joined_world
+        from utils.machine.launch import joined_world
 
         if config.enable_fsdp and "RANK" not in os.environ:
             raise UserError(
@@ -73,17 +73,21 @@ def fine_tune(
 ) -> None:
     """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
     from utils.machine.compiling import check_compiler
+    from utils.machine.launch import was_restarted
     from utils.machine.memory import forget_peak, limit_memory
     from utils.machine.precision import choose_precision
-    from utils.machine.world import check_ranks_agree, check_shared, decide_on_main, was_restarted
-    from utils.model.fused_layers import why_not
+    from utils.machine.world import check_ranks_agree, check_shared, decide_on_main, sharding_group_size
+    from utils.model.fused_layers import why_plain
+    from utils.planning.fits import check_memory
     from utils.reports import run as report
-    from utils.reports.plan import check_memory
-    from utils.results.saving import describe_run, save_result, write_training_config
-    from utils.runs.metrics import Metrics, draw_losses
-    from utils.runs.start import find_start, hold_folder, repeated_steps
+    from utils.reports.loss_picture import draw_losses
+    from utils.results.saving import save_result
+    from utils.runs.description import describe_run, write_training_config
+    from utils.runs.folder import hold_folder
+    from utils.runs.metrics import Metrics
+    from utils.runs.start import find_start, repeated_steps
     from utils.training.optimizer import check_optimizer
-    from utils.training.sharding import sharding_group_size, whole_tensors
+    from utils.training.sharding import whole_tensors
     from utils.training.trainable import load_trainable
     from utils.training.trainer import Trainer
 
@@ -118,7 +122,7 @@ def fine_tune(
     precision = choose_precision(world.device, config)
     check_optimizer(config, world.device)
     check_compiler(config.torch_compile, world.device)
-    fast = not why_not(config, folder.config, world.device, precision.compute)
+    fast = not why_plain(config, folder.config, world.device, precision.compute)
     check_ranks_agree({"compute dtype": str(precision.compute), "fast layers": fast})
     report.note_on_cards(config, folder, world, precision, data.longest, say)
     say(_("Loading {folder} …", folder=folder.path))

@@ -20,9 +20,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from configs.training import TrainingConfig
+from utils.files import flush, sha256
 from utils.machine.world import World
 from utils.runs import checkpoint as checkpoints
-from utils.training.optimizer import make_optimizer
+from utils.training.optimizer import make_optimizer, run_tensors
 
 HIDDEN, INTERMEDIATE, LAYERS, RANK = 4096, 11008, 32, 8
 SHAPES = [(HIDDEN, HIDDEN)] * 4 + [(HIDDEN, INTERMEDIATE)] * 2 + [(INTERMEDIATE, HIDDEN)]
@@ -69,7 +70,7 @@ def lora_tensors(device: torch.device) -> dict[str, dict[str, torch.Tensor]]:
         for number, (inputs, outputs) in enumerate(SHAPES):
             parameters[f"layers.{layer}.{number}.lora_A"] = nn.Parameter(torch.randn(RANK, inputs, device=device))
             parameters[f"layers.{layer}.{number}.lora_B"] = nn.Parameter(torch.randn(outputs, RANK, device=device))
-    return checkpoints.run_tensors(parameters, make_optimizer(parameters.values(), TrainingConfig()))
+    return run_tensors(parameters, make_optimizer(parameters.values(), TrainingConfig()))
 
 
 def time_stages(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], repeats: int) -> dict[str, float]:
@@ -79,12 +80,12 @@ def time_stages(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], repea
     def write_and_flush() -> None:
         dcp.save(tensors, checkpoint_id=files, no_dist=True)
         for file in files.iterdir():
-            checkpoints._flush(file)
+            flush(file)
 
     stages: dict[str, Callable[[], object]] = {
         "copy to the host": lambda: [t.to("cpu", copy=True) for group in tensors.values() for t in group.values()],
         "write and flush": write_and_flush,
-        "hash": lambda: [checkpoints._sha256(file) for file in files.iterdir()],
+        "hash": lambda: [sha256(file) for file in files.iterdir()],
     }
     times: dict[str, list[float]] = {name: [] for name in stages}
     for _repeat in range(repeats):

@@ -20,10 +20,11 @@ from torch.nn.functional import cross_entropy
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from utils.model.adapters import add_adapter, trainable_parameters
-from utils.model.decoder import RunLayer, causal_lm, forward_hidden, load_base_model
+from utils.model.decoder import RunLayer, causal_lm, forward_hidden
 from utils.model.folder import ModelFolder
 from utils.model.fused_layers import FusedLayers
 from utils.model.lora_forward import add_before_rounding
+from utils.model.weights import load_base_model
 from utils.quiet import quiet_libraries
 from utils.rows.segments import Segments
 

@@ -22,14 +22,14 @@ import torch
 from configs.datasets import AlpacaDataset
 from configs.quantization import Quantization
 from configs.training import TrainingConfig
-from ft_datasets.alpaca_dataset import IGNORE_INDEX, Example
+from ft_datasets.examples import IGNORE_INDEX, Example
 from ft_datasets.loading import load_data
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.machine.memory import limit_memory
 from utils.machine.world import World
 from utils.quiet import quiet_libraries
-from utils.rows.packing import Schedule
+from utils.rows.schedule import Schedule
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 ALL_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()

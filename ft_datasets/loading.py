@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from configs.training import TrainingConfig
-from ft_datasets.alpaca_dataset import Example, encode_records, load_records, split_examples
+from ft_datasets.alpaca_dataset import load_records
+from ft_datasets.encoding import encode_records, split_examples
+from ft_datasets.examples import Example
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.shared_prefixes import share_prefixes
 from ft_datasets.tokenizer import Tokenizer

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from ft_datasets.alpaca_dataset import Example, common_prefix
+from ft_datasets.encoding import common_prefix
+from ft_datasets.examples import Example
 
 Tokens = tuple[int, ...]
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.command_line import parse
 from configs.errors import UserError, run_main
 from configs.messages import _
-from configs.serving import ConverterConfig
+from configs.results import ConverterConfig
 from utils.model.folder import ModelFolder
 from utils.quiet import quiet_libraries
 
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     config = parse(ConverterConfig, argv)
     quiet_libraries()
     from utils.results.consolidating import consolidate
-    from utils.results.saving import chat_command
+    from utils.results.model_card import chat_command
     from utils.runs.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(Path(config.fsdp_checkpoint_path))

@@ -6,8 +6,9 @@ from configs.quantization import Quantization
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from inference.engine import Engine
-from utils.model.adapters import check_adapter_folder, check_belongs, load_adapter, read_training_config
 from utils.model.folder import ModelFolder
+from utils.results.adapter_folder import check_adapter_folder, load_adapter, template_of
+from utils.runs.description import read_training_config
 
 
 def load_engine(base_model: str, lora_weights: str, quantization: Quantization | None) -> Engine:
@@ -25,7 +26,7 @@ def load_engine(base_model: str, lora_weights: str, quantization: Quantization |
     tokenizer = Tokenizer(base.path)
     base.check_vocabulary(tokenizer.vocab_size)
     if adapter:
-        template = check_belongs(adapter, base, tokenizer)
+        template = template_of(adapter, base, tokenizer)
     else:
         described = read_training_config(base.path)
         template = PromptTemplate(**described["prompt_template"]) if described else PromptTemplate()
@@ -33,7 +34,7 @@ def load_engine(base_model: str, lora_weights: str, quantization: Quantization |
     import torch
 
     from utils.machine.precision import half_precision
-    from utils.model.decoder import load_base_model
+    from utils.model.weights import load_base_model
 
     count = torch.cuda.device_count()
     devices = [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]

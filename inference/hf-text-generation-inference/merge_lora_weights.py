@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configs.command_line import parse
 from configs.errors import run_main
 from configs.messages import _
-from configs.serving import MergeConfig
+from configs.results import MergeConfig
 from ft_datasets.tokenizer import Tokenizer
-from utils.model.adapters import check_adapter_folder, check_belongs
 from utils.model.folder import ModelFolder
 from utils.quiet import quiet_libraries
+from utils.results.adapter_folder import check_adapter_folder, template_of
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     adapter, output = Path(config.peft_model), Path(config.output_dir)
     base = ModelFolder(config.base_model)
     check_adapter_folder(adapter)
-    template = check_belongs(adapter, base, Tokenizer(base.path))
+    template = template_of(adapter, base, Tokenizer(base.path))
 
     quiet_libraries()
     from utils.results.merging import merge

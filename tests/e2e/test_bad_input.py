@@ -26,7 +26,7 @@ from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.model.folder import ModelFolder
-from utils.results.saving import describe_run, write_training_config
+from utils.runs.description import describe_run, write_training_config
 
 MERGE = "inference/hf-text-generation-inference/merge_lora_weights.py"
 _spec = importlib.util.spec_from_file_location("merge_lora_weights", ROOT / MERGE)

@@ -27,8 +27,8 @@ from utils.download.display import Display, JsonDisplay, TerminalDisplay, readab
 from utils.download.listing import Listing, check_paths, select
 from utils.download.manifest import MANIFEST_NAME, STATE_FOLDER, Manifest, unfinished_files
 from utils.download.part import PartFile
-from utils.download.proof import safetensors_problem
 from utils.download.runs import Throttle
+from utils.files import safetensors_problem
 
 pytestmark = pytest.mark.usefixtures("english")
 

@@ -8,7 +8,7 @@ def made_up_examples() -> list:
     """Eight examples of different lengths, of random tokens."""
     import numpy as np
 
-    from ft_datasets.alpaca_dataset import Example
+    from ft_datasets.examples import Example
 
     chooser = np.random.default_rng(0)
     made_up = []
@@ -32,7 +32,7 @@ def make_trainer(model_folder: Path, output: Path, data: Path | None = None, che
     from utils.machine.precision import choose_precision
     from utils.machine.world import World
     from utils.model.folder import ModelFolder
-    from utils.rows.packing import Schedule
+    from utils.rows.schedule import Schedule
     from utils.runs.start import Start
     from utils.training.trainable import load_trainable
     from utils.training.trainer import Trainer

@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from configs.serving import Sampling
-from inference.engine import Engine, PromptTooLong, Statistics, choose
+from inference.engine import Engine, PromptTooLong, Statistics
 from inference.loading import load_engine
+from inference.sampling import choose
 from utils.model.decoder import causal_lm, forward_hidden, logits
 from utils.rows.packing import pack
 

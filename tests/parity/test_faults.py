@@ -11,7 +11,7 @@ import llama_finetuning
 from configs.errors import UserError
 from utils.runs.checkpoint import read_checkpoint
 from utils.runs.metrics import read_metrics
-from utils.training.optimizer import LossScale
+from utils.training.loss_scale import LossScale
 from utils.training.trainer import MAX_FAILED_STEPS
 
 

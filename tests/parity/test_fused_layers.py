@@ -10,13 +10,14 @@ from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
 from utils.machine.precision import Precision
-from utils.model.activations import MicroBatch
 from utils.model.adapters import add_adapter, trainable_parameters
-from utils.model.decoder import causal_lm, forward_hidden, load_base_model, run_plain
+from utils.model.decoder import causal_lm, forward_hidden, run_plain
 from utils.model.folder import ModelFolder
-from utils.model.fused_layers import FusedLayers, why_not
+from utils.model.fused_layers import FusedLayers, why_plain
+from utils.model.weights import load_base_model
 from utils.rows.segments import Segments
 from utils.runs.checkpoint import read_checkpoint
+from utils.training.step_plan import StepPlan
 
 CPU = torch.device("cpu")
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
@@ -40,11 +41,11 @@ def adapted_model(folder, targets, quantization=None, dtype=torch.float32):
     return model
 
 
-def outputs_and_gradients(model, run_layer, micro_batch):
+def outputs_and_gradients(model, run_layer, step_plan):
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(3, 500, (sum(LENGTHS),), generator=generator)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
-    activations = micro_batch.activations(sum(LENGTHS), len(causal_lm(model).model.layers)) if micro_batch else None
+    activations = step_plan.activations(sum(LENGTHS), len(causal_lm(model).model.layers)) if step_plan else None
     hidden = forward_hidden(
         model, input_ids, positions, Segments.of(LENGTHS, CPU), activations=activations, run_layer=run_layer
     )
@@ -53,11 +54,11 @@ def outputs_and_gradients(model, run_layer, micro_batch):
     return hidden.detach(), {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
 
 
-def check_equal(model, micro_batch=None):
+def check_equal(model, step_plan=None):
     expected, expected_gradients = outputs_and_gradients(model, run_plain, None)
     fused = FusedLayers(model, torch.float32)
     fused.refresh()
-    hidden, gradients = outputs_and_gradients(model, fused, micro_batch)
+    hidden, gradients = outputs_and_gradients(model, fused, step_plan)
     torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
@@ -76,13 +77,13 @@ def test_outputs_and_gradients_are_the_plain_layers(request, folder_name, target
 @pytest.mark.parametrize("folder_name", ["grouped_model", "qwen3_model"])
 def test_quantised_bases_and_recomputed_layers_too(request, folder_name, quantization, kept_layers):
     model = adapted_model(request.getfixturevalue(folder_name), ["all-linear"], quantization)
-    check_equal(model, MicroBatch(sum(LENGTHS), kept_layers))
+    check_equal(model, StepPlan(sum(LENGTHS), kept_layers))
 
 
 @pytest.mark.parametrize(("kept_layers", "offload_every"), [(0, 1), (0, 2), (1, 1), (1, 2), (1, 3), (2, 4)])
 def test_activations_that_waited_in_host_memory_too(deep_model, kept_layers, offload_every):
-    micro_batch = MicroBatch(sum(LENGTHS), kept_layers, offload_every)
-    check_equal(adapted_model(deep_model, ["all-linear"]), micro_batch)
+    step_plan = StepPlan(sum(LENGTHS), kept_layers, offload_every)
+    check_equal(adapted_model(deep_model, ["all-linear"]), step_plan)
 
 
 def test_biases_are_part_of_the_layers(grouped_model, tmp_path):
@@ -117,11 +118,11 @@ def test_biases_are_part_of_the_layers(grouped_model, tmp_path):
 def test_where_they_do_not_serve_the_reason_is_named(monkeypatch, settings, dtype, reason):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: (8, 0))
     config = TrainingConfig(**{"use_peft": True, **settings})
-    answer = why_not(config, {"model_type": "llama", "hidden_act": "silu"}, torch.device("cuda"), dtype)
+    answer = why_plain(config, {"model_type": "llama", "hidden_act": "silu"}, torch.device("cuda"), dtype)
     assert reason in answer
     assert bool(reason) == bool(answer)
-    assert why_not(config, {"model_type": "llama"}, CPU, dtype)
-    assert "gemma" in why_not(config, {"model_type": "gemma"}, torch.device("cuda"), torch.bfloat16)
+    assert why_plain(config, {"model_type": "llama"}, CPU, dtype)
+    assert "gemma" in why_plain(config, {"model_type": "gemma"}, torch.device("cuda"), torch.bfloat16)
 
 
 def test_in_bf16_a_trained_embedding_does_not_change_the_type(tiny_model):
@@ -147,7 +148,7 @@ def test_in_bf16_fifty_steps_stay_within_a_per_cent(deep_model, tmp_path, monkey
     settings = {"lora_config": LoraConfig(target_modules=["all-linear"]), "max_steps": 50, "lr": 1e-3}
     settings |= {"batch_size_training": 4, "num_epochs": 50}
     expected = train(make_trainer(deep_model, tmp_path / "plain", **settings))
-    monkeypatch.setattr("utils.training.trainer.trainable.why_not", lambda *_arguments: "")
+    monkeypatch.setattr("utils.training.trainable.why_plain", lambda *_arguments: "")
     losses = train(make_trainer(deep_model, tmp_path / "fused", **settings))
     assert losses == pytest.approx(expected, rel=0.01)
     assert losses != expected
@@ -167,7 +168,7 @@ def test_a_run_learns_the_same_and_its_adapter_is_plain_pefts(grouped_model, tmp
     }
     plain = make_trainer(grouped_model, tmp_path / "plain", **settings)
     expected = train(plain)
-    monkeypatch.setattr("utils.training.trainer.trainable.why_not", lambda *_arguments: "")
+    monkeypatch.setattr("utils.training.trainable.why_plain", lambda *_arguments: "")
     trainer = make_trainer(grouped_model, tmp_path / "fused", **settings)
     assert trainer.loss_module.fused and not plain.loss_module.fused
     losses = train(trainer)

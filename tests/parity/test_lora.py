@@ -8,10 +8,11 @@ from configs.training import TrainingConfig
 from utils.machine.precision import Precision
 from utils.machine.world import World
 from utils.model.adapters import add_adapter, trainable_parameters
-from utils.model.decoder import causal_lm, forward_hidden, load_base_model
+from utils.model.decoder import causal_lm, forward_hidden
 from utils.model.folder import ModelFolder
 from utils.model.fused_layers import FusedLayers
 from utils.model.lora_forward import add_before_rounding
+from utils.model.weights import load_base_model
 from utils.rows.segments import Segments
 from utils.training.trainable import load_trainable
 

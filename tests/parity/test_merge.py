@@ -13,9 +13,9 @@ from configs.errors import UserError
 from configs.peft import LoraConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.model.adapters import load_adapter
-from utils.model.decoder import load_base_model
 from utils.model.folder import ModelFolder
+from utils.model.weights import load_base_model
+from utils.results.adapter_folder import load_adapter
 from utils.results.merging import merge, rounded_sum
 
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]

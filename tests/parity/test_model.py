@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from configs.errors import UserError
 from ft_datasets.tokenizer import Tokenizer
-from utils.model.attention import KeyValueCache
-from utils.model.decoder import forward_hidden, load_base_model, logits
+from inference.cache import KeyValueCache
+from utils.model.decoder import forward_hidden, logits
 from utils.model.folder import ModelFolder
+from utils.model.weights import load_base_model
 from utils.rows.segments import Segments
 
 CPU = torch.device("cpu")

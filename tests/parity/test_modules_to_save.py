@@ -10,10 +10,10 @@ from transformers import LlamaForCausalLM
 from configs.errors import UserError
 from configs.peft import LoraConfig
 from ft_datasets.prompt import PromptTemplate
-from utils.model.adapters import load_adapter
-from utils.model.decoder import load_base_model
 from utils.model.folder import ModelFolder
+from utils.model.weights import load_base_model
 from utils.planning.shape import Shape, adapter_parameters
+from utils.results.adapter_folder import load_adapter
 from utils.results.merging import merge
 from utils.runs.checkpoint import read_checkpoint
 

@@ -6,8 +6,10 @@ from helpers.trainers import make_trainer, train
 
 from configs.errors import UserError
 from configs.training import TrainingConfig
-from utils.runs.checkpoint import read_checkpoint, run_tensors, size_of
-from utils.training.optimizer import BytesEach, check_optimizer, make_optimizer, round_stochastically
+from utils.model.rounding import round_stochastically
+from utils.planning.shape import BytesEach
+from utils.runs.checkpoint import read_checkpoint, size_of
+from utils.training.optimizer import check_optimizer, make_optimizer, run_tensors
 
 FRUGAL = pytest.mark.parametrize(
     "settings",

@@ -12,12 +12,12 @@ from torch._dynamo.utils import counters
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
-from ft_datasets.alpaca_dataset import Example
+from ft_datasets.examples import Example
 from utils.model.adapters import add_adapter, prepare_full, trainable_parameters
 from utils.model.attention_kernels import EFFICIENT, FLASH
-from utils.model.decoder import load_base_model
 from utils.model.folder import ModelFolder
 from utils.model.fused_layers import Functions, FusedLayers
+from utils.model.weights import load_base_model
 from utils.rows.packing import pack
 from utils.training.response_loss import ResponseLoss
 

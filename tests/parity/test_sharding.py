@@ -21,13 +21,16 @@ from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.machine.precision import Precision
+from utils.machine.world import sharding_group_size
 from utils.model.adapters import add_adapter, trainable_parameters
-from utils.model.decoder import causal_lm, empty_base_model, load_weights
+from utils.model.decoder import causal_lm
 from utils.model.folder import ModelFolder
-from utils.results import saving
+from utils.model.weights import empty_base_model, load_weights
+from utils.results import model_files, saving
 from utils.results.consolidating import consolidate
 from utils.runs.checkpoint import read_checkpoint
-from utils.training.sharding import recover, sharding_group_size
+from utils.runs.description import describe_run
+from utils.training.sharding import recover
 from utils.training.trainable import load_trainable
 
 RUN = "--max_steps 6 --save_steps 2 --save_minutes 0 --keep_checkpoints 9 --lr 1e-3"
@@ -325,10 +328,10 @@ def test_the_writer_of_weight_files_holds_one_file_at_a_time(tmp_path, monkeypat
         alive.difference_update(int(name[1:]) for name in shard)
         save_file(shard, *arguments, **more)
 
-    monkeypatch.setattr(saving, "save_file", save)
-    assert saving.write_shards(tensors(), tmp_path, shard_bytes=80) == 360
+    monkeypatch.setattr(model_files, "save_file", save)
+    assert model_files.write_shards(tensors(), tmp_path, shard_bytes=80) == 360
     assert most == 3  # two of 40 bytes, and the one that does not fit any more
-    index = json.loads((tmp_path / saving.INDEX).read_text())["weight_map"]
+    index = json.loads((tmp_path / model_files.INDEX).read_text())["weight_map"]
     assert len(set(index.values())) == 5
     for number in range(9):
         assert load_file(tmp_path / index[f"t{number}"])[f"t{number}"].eq(number).all()
@@ -348,7 +351,7 @@ def test_a_model_is_saved_without_ever_being_whole_in_memory(tiny_model, tmp_pat
             yield name, tensor
 
     monkeypatch.setattr(saving, "SHARD_BYTES", largest)
-    description = saving.describe_run(trainer.config, Tokenizer(tiny_model), PromptTemplate(), "")
+    description = describe_run(trainer.config, Tokenizer(tiny_model), PromptTemplate(), "")
     saving.save_result(trainer.config, trainer.model, tensors(), description, "")
     assert most <= 2 * largest < sum(parameter.nbytes for parameter in expected.values()) / 2
     saved = dict(ModelFolder(tmp_path).tensors())

@@ -13,17 +13,19 @@ from transformers import LlamaForCausalLM
 from configs.errors import UserError
 from configs.peft import LoraConfig, PrefixConfig
 from configs.training import TrainingConfig
-from ft_datasets.alpaca_dataset import encode_records, load_records
+from ft_datasets.alpaca_dataset import load_records
+from ft_datasets.encoding import encode_records
 from ft_datasets.loading import load_data
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.model.activations import MicroBatch
-from utils.model.adapters import load_adapter
-from utils.model.decoder import causal_lm, load_base_model
+from utils.model.decoder import causal_lm
 from utils.model.folder import ModelFolder
 from utils.model.quantization import rounded_weight
+from utils.model.weights import load_base_model
+from utils.results.adapter_folder import load_adapter
 from utils.rows.packing import StepTokens, pack
 from utils.runs.checkpoint import read_checkpoint
+from utils.training.step_plan import StepPlan
 from utils.training.trials import Trials
 
 CPU = torch.device("cpu")
@@ -102,7 +104,7 @@ def test_lora_losses_are_the_plain_loops_for_every_micro_batch_size(
 def test_rows_that_go_forward_together_give_the_same_losses(tiny_model, lora_losses, tmp_path, monkeypatch):
     """As over several cards, where one card works on a row while the next works on the row before."""
     trainer = make_trainer(tiny_model, tmp_path, batch_size_training=4, max_steps=STEPS, lr=RATE, micro_batch_size=1)
-    trainer.micro_batch = trainer.micro_batch._replace(rows=3)
+    trainer.step_plan = trainer.step_plan._replace(rows=3)
     calls: list[str] = []
 
     def note(_module, _inputs, loss: torch.Tensor) -> None:
@@ -167,7 +169,7 @@ def test_an_attempt_before_the_first_step_leaves_the_run_as_it_was(tiny_model, t
     settings = {"batch_size_training": 4, "max_steps": 3, "lr": RATE}
     expected = train(make_trainer(tiny_model, tmp_path / "without", **settings))
     trainer = make_trainer(tiny_model, tmp_path / "with", **settings)
-    chosen = trainer.micro_batch
+    chosen = trainer.step_plan
     rows, labels = [], []
     trainer.loss_module.register_forward_pre_hook(lambda _module, arguments: rows.append(len(arguments[0].input_ids)))
     trainer.loss_module.register_forward_pre_hook(lambda _module, arguments: labels.append(len(arguments[0].label_ids)))
@@ -178,12 +180,12 @@ def test_an_attempt_before_the_first_step_leaves_the_run_as_it_was(tiny_model, t
         trainer._pack, StepTokens(10_000, 10_000, 0),
     )  # fmt: skip
     tokens = len(longest_first[0]) + len(longest_first[1])
-    trials.attempt(MicroBatch(tokens, 1), tokens + 3, rows=2)
+    trials.attempt(StepPlan(tokens, 1), tokens + 3, rows=2)
     assert rows == [tokens + 3] * 2
     assert labels == [tokens - 2] * 2  # no row of the run has more
     assert all(parameter.grad is None for parameter in parameters)
     assert all(trainer.optimizer.state[parameter]["exp_avg"].eq(0).all() for parameter in parameters)
-    trainer.micro_batch = chosen
+    trainer.step_plan = chosen
     assert train(trainer) == expected
 
 
@@ -202,7 +204,7 @@ def test_recomputed_activations_give_the_same_gradients(tiny_model, tmp_path, us
 
     def gradients(kept: int) -> dict[str, torch.Tensor]:
         calls.clear()
-        trainer.micro_batch = MicroBatch(len(batch.input_ids), kept)
+        trainer.step_plan = StepPlan(len(batch.input_ids), kept)
         trainer.loss_module(batch, 0.01).backward()
         found = {name: parameter.grad for name, parameter in trainer.parameters.items()}
         trainer.optimizer.zero_grad(set_to_none=True)

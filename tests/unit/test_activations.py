@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from utils.model.activations import Kept, MicroBatch, Offloaded, Recomputed
+from utils.model.activations import Kept, Offloaded, Recomputed
+from utils.training.step_plan import StepPlan
 
 
-def kinds(micro_batch: MicroBatch, tokens: int, layers: int) -> str:
+def kinds(step_plan: StepPlan, tokens: int, layers: int) -> str:
     """A letter for each layer."""
     letters = {Kept: "k", Recomputed: "r", Offloaded: "o"}
-    return "".join(letters[type(place)] for place in micro_batch.activations(tokens, layers))
+    return "".join(letters[type(place)] for place in step_plan.activations(tokens, layers))
 
 
 @pytest.mark.parametrize(
-    ("micro_batch", "tokens", "expected"),
+    ("step_plan", "tokens", "expected"),
     [
         ((1024, 8), 1024, "kkkkkkkk"),
         ((1024, 2), 1024, "rrrrrrkk"),
@@ -28,8 +29,8 @@ def kinds(micro_batch: MicroBatch, tokens: int, layers: int) -> str:
         ((1024, 2, 2), 256, "kkkkkkkk"),
     ],
 )
-def test_which_layers_do_what(micro_batch, tokens, expected):
-    chosen = MicroBatch(*micro_batch)
+def test_which_layers_do_what(step_plan, tokens, expected):
+    chosen = StepPlan(*step_plan)
     assert kinds(chosen, tokens, 8) == expected
     others = 8 - chosen.keeps(tokens, 8)
     assert chosen.offloads(others) == expected.count("o")
@@ -37,7 +38,7 @@ def test_which_layers_do_what(micro_batch, tokens, expected):
 
 
 def test_what_was_offloaded_comes_back_and_leaves_in_between():
-    places = MicroBatch(128, 0, 1).activations(128, 4)
+    places = StepPlan(128, 0, 1).activations(128, 4)
     tensors = [(torch.randn(3, 2), torch.randn(5)) for _place in places]
     for place, pair in zip(places, tensors, strict=True):
         place.put(tuple(tensor.clone() for tensor in pair))

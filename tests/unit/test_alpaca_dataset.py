@@ -7,15 +7,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, processors
 
 from configs.errors import UserError
-from ft_datasets.alpaca_dataset import (
-    Record,
-    common_prefix,
-    count_duplicates,
-    describe_lengths,
-    encode_records,
-    load_records,
-    split_examples,
-)
+from ft_datasets.alpaca_dataset import Record, count_duplicates, load_records
+from ft_datasets.encoding import common_prefix, describe_lengths, encode_records, split_examples
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 
@@ -141,7 +134,7 @@ def test_ids_and_labels_by_hand(letters):
     # ':' and '/' became one token, which carries a part of the response: it is learnt.
     assert merged.input_ids.tolist() == [1, 10, 5, 11, 2]
     assert merged.labels.tolist() == [-100, -100, 5, 11, 2]
-    assert [example.response_length for example in (plain, with_input, merged)] == [3, 2, 3]
+    assert [example.label_count for example in (plain, with_input, merged)] == [3, 2, 3]
     assert said == []
 
 

@@ -8,8 +8,9 @@ import torch
 from helpers.trainers import make_trainer
 from helpers.varlen_on_cpu import use_varlen_on_cpu
 
+from inference.cache import KeyValueCache
 from utils.model import attention
-from utils.model.attention import KeyValueCache, Prefix, attention_backward, attention_forward, packed_attention
+from utils.model.attention import Prefix, attention_backward, attention_forward, packed_attention
 from utils.model.attention_kernels import EFFICIENT, FLASH
 from utils.rows.segments import Keys, Segments
 from utils.training.response_loss import ResponseLoss

@@ -65,8 +65,8 @@ def test_what_the_disk_can_not_read_counts_as_damaged(tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         return original(file)
 
-    original = checkpoint._sha256
-    monkeypatch.setattr("utils.runs.checkpoint._sha256", sha256)
+    original = checkpoint.sha256
+    monkeypatch.setattr("utils.runs.checkpoint.sha256", sha256)
     found, (complaint,) = newest_whole(tmp_path)
     assert found.step == 5 and "Input/output error" in complaint
 

@@ -4,7 +4,8 @@ import pytest
 
 from configs.command_line import parse, usage
 from configs.errors import UserError
-from configs.serving import ApiConfig, ChatConfig, MergeConfig
+from configs.results import MergeConfig
+from configs.serving import ApiConfig, ChatConfig
 from configs.training import TrainingConfig
 
 LLAMA_RECIPES_FLAGS = (

@@ -13,8 +13,9 @@ from configs.training import TrainingConfig
 from utils.machine.compiling import check_compiler, should_compile
 from utils.model.activations import Kept
 from utils.model.adapters import add_adapter, prepare_full
-from utils.model.decoder import causal_lm, forward_hidden, load_base_model, run_plain
+from utils.model.decoder import causal_lm, forward_hidden, run_plain
 from utils.model.folder import ModelFolder
+from utils.model.weights import load_base_model
 from utils.rows.packing import pack
 from utils.rows.segments import Segments
 from utils.training.response_loss import ResponseLoss

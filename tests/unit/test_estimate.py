@@ -16,28 +16,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from configs.fsdp import FsdpConfig
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
-from ft_datasets.alpaca_dataset import Example
+from ft_datasets.examples import Example
 from utils.machine.memory import forget_peak
 from utils.machine.precision import Precision
 from utils.machine.world import World
-from utils.model.activations import MicroBatch
 from utils.model.decoder import causal_lm
 from utils.model.folder import ModelFolder
 from utils.planning.estimate import WORKSPACES, estimate, estimate_of_run
 from utils.planning.layer_memory import LAYERS, LayerMemory, fused, kind_of
-from utils.planning.shape import Shape, trained_parameters
+from utils.planning.shape import BytesEach, Shape, trained_parameters
 from utils.reports import run as report
 from utils.rows.packing import pack
 from utils.rows.segments import Segments
 from utils.training.loss import CHUNK, labelled_cross_entropy
-from utils.training.optimizer import BytesEach
+from utils.training.step_plan import StepPlan
 from utils.training.trainable import load_trainable
 
 
 def test_weights_of_llama_2_7b():
     assert LLAMA_7B.decoder_weights + LLAMA_7B.other_weights == 6_738_415_616  # transformers' num_parameters()
-    assert estimate(LORA, LLAMA_7B, 2, "plain", MicroBatch(1000, 32)).weights == 2 * 6_738_415_616
-    int8 = estimate(replace(LORA, quantization="8bit"), LLAMA_7B, 2, "plain", MicroBatch(1000, 32)).weights
+    assert estimate(LORA, LLAMA_7B, 2, "plain", StepPlan(1000, 32)).weights == 2 * 6_738_415_616
+    int8 = estimate(replace(LORA, quantization="8bit"), LLAMA_7B, 2, "plain", StepPlan(1000, 32)).weights
     assert int8 == 6_476_005_376 + 2 * 262_410_240  # a byte for each of the layers' weights
 
 
@@ -58,7 +57,7 @@ def test_parts_of_the_fused_layer_by_hand(cards, kept):
     layers = {1: 32, 2: 16, 5: 7}[cards]
     here = min(kept, layers)
     found = estimate(
-        replace(LORA, quantization="8bit"), LLAMA_7B, 2, "compiled fused", MicroBatch(tokens, kept), cards, step=tokens
+        replace(LORA, quantization="8bit"), LLAMA_7B, 2, "compiled fused", StepPlan(tokens, kept), cards, step=tokens
     )
     assert found.activations == tokens * (here * saved + (layers - here) * 2 * hidden)
     # Without layers that keep theirs, a layer that computes its activations again has them beside the gradients.
@@ -73,7 +72,7 @@ def test_parts_of_the_fused_layer_by_hand(cards, kept):
 
 def test_memory_is_more_with_more_of_anything():
     def peak(tokens=4000, kept=16, cards=1, shards=1, kind="plain", **settings):
-        return estimate(replace(LORA, **settings), LLAMA_7B, 2, kind, MicroBatch(tokens, kept), cards, shards).peak
+        return estimate(replace(LORA, **settings), LLAMA_7B, 2, kind, StepPlan(tokens, kept), cards, shards).peak
 
     base = peak()
     assert peak(tokens=8000) > base
@@ -93,7 +92,7 @@ def test_estimates_are_near_what_an_h100_needed(kind, quantization, tokens, meas
     """Four layers of the 7B shape, LoRA r=8 on all linear layers, AdamW; peaks from metrics.jsonl."""
     shape = replace(LLAMA_7B, layers=4)
     config = replace(LORA, quantization=quantization)
-    found = estimate(config, shape, 2, kind, MicroBatch(tokens, 4))
+    found = estimate(config, shape, 2, kind, StepPlan(tokens, 4))
     assert found.peak / 1e9 == pytest.approx(measured, rel=0.05)
 
 
@@ -107,12 +106,12 @@ def test_layer_memory_of_a_fused_layer_is_less():
 def test_what_is_not_compiled_needs_more():
     for is_fused in (True, False):
         compiled, written = kind_of(is_fused, True), kind_of(is_fused, False)
-        peaks = [estimate(LORA, LLAMA_7B, 2, kind, MicroBatch(4000, 16)).peak for kind in (compiled, written)]
+        peaks = [estimate(LORA, LLAMA_7B, 2, kind, StepPlan(4000, 16)).peak for kind in (compiled, written)]
         assert peaks[0] < peaks[1]
 
 
 def test_two_cards_hold_the_parts_of_one():
-    one, two = (estimate(LORA, LLAMA_7B, 2, "plain", MicroBatch(1000, 32), cards) for cards in (1, 2))
+    one, two = (estimate(LORA, LLAMA_7B, 2, "plain", StepPlan(1000, 32), cards) for cards in (1, 2))
     assert two.activations == one.activations / 2
     assert two.trained == one.trained / 2
     assert two.weights == 16 * LLAMA_7B.layer_weights * 2 + 32000 * 4096 * 2  # its layers, and the head
@@ -277,7 +276,7 @@ def test_the_peak_is_that_of_what_lives(deeper_model, name, kept, is_first):
     config, tokens, world = SETTINGS[name], 1500, World(0, 0, 1, [torch.device("cpu")])
     precision = Precision(torch.bfloat16, torch.float32 if name == "full" else torch.bfloat16, "as on a GPU")
     module = load_trainable(config, world, deeper_model, precision).train()
-    module.micro_batch, live = MicroBatch(tokens, kept), Live()
+    module.step_plan, live = StepPlan(tokens, kept), Live()
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = None if is_first else torch.zeros_like(parameter)
@@ -286,14 +285,14 @@ def test_the_peak_is_that_of_what_lives(deeper_model, name, kept, is_first):
     with live:
         module(batch, 1.0).backward()
     shape = Shape.of(deeper_model.config)
-    found = estimate(config, shape, 2, "plain", MicroBatch(tokens, kept), step=tokens if is_first else 2 * tokens)
+    found = estimate(config, shape, 2, "plain", StepPlan(tokens, kept), step=tokens if is_first else 2 * tokens)
     weights_and_gradients = sum(p.numel() * p.element_size() for p in trained) * (1 if is_first else 2)
     before = found.weights + weights_and_gradients + BytesEach.of(config).optimizer * sum(p.numel() for p in trained)
     copies = 2 * tokens * shape.query * kept
     assert live.peak - copies == pytest.approx(found.peak - before - WORKSPACES, rel=0.1)
 
 
-ROW = MicroBatch(4000, 32)
+ROW = StepPlan(4000, 32)
 SHARDED, PAGED = replace(FULL, enable_fsdp=True), replace(FULL, optimizer="paged_adamw_8bit")
 ON_HOST = replace(SHARDED, fsdp_config=FsdpConfig(fsdp_cpu_offload=True))
 
@@ -314,13 +313,13 @@ ON_HOST = replace(SHARDED, fsdp_config=FsdpConfig(fsdp_cpu_offload=True))
 )
 def test_estimates_of_plain_layers_are_near_what_h100s_needed(config, tokens, shards, measured):
     """Four layers of the 7B shape, not compiled, each step one micro-batch; peaks from metrics.jsonl."""
-    found = estimate(config, replace(LLAMA_7B, layers=4), 2, "plain", MicroBatch(tokens, 4), 1, shards, tokens)
+    found = estimate(config, replace(LLAMA_7B, layers=4), 2, "plain", StepPlan(tokens, 4), 1, shards, tokens)
     assert found.peak / 1e9 == pytest.approx(measured, rel=0.05)
 
 
 def test_frozen_layers_keep_nothing():
     some = replace(FULL, freeze_layers=True, num_freeze_layers=24)
-    all_layers, eight = (estimate(config, LLAMA_7B, 2, "plain", MicroBatch(4000, 32)) for config in (FULL, some))
+    all_layers, eight = (estimate(config, LLAMA_7B, 2, "plain", StepPlan(4000, 32)) for config in (FULL, some))
     assert eight.activations == all_layers.activations / 4
     assert eight.weights == 4 * (24 * LLAMA_7B.layer_weights + 32000 * 4096)
 

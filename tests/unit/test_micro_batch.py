@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from utils.machine.world import World
-from utils.model.activations import HostMemory, MicroBatch
 from utils.rows.packing import StepTokens
-from utils.training import search as micro_batch
-from utils.training.search import Search, rows_of, rows_together, token_budgets
+from utils.training import measuring, search
+from utils.training.search import Search
+from utils.training.step_plan import HostMemory, StepPlan, rows_of, rows_together, token_budgets
 
 LAYERS = 32
 CARD = World(0, 0, 1, [torch.device("cuda", 0)])
@@ -24,10 +24,10 @@ class Card:
 
     def __init__(self, memory: float, monkeypatch, copy: float = 9.0) -> None:
         self.memory, self.copy, self.trials = memory, copy, []
-        monkeypatch.setattr(micro_batch, "fits", lambda _world, attempt: attempt() is not None)
-        monkeypatch.setattr(micro_batch, "measure", lambda _world, attempt: attempt())
+        monkeypatch.setattr(search, "fits", lambda _world, attempt: attempt() is not None)
+        monkeypatch.setattr(search, "measure", lambda _world, attempt: attempt())
 
-    def try_step(self, chosen: MicroBatch, tokens: int, rows: int = 1) -> float | None:
+    def try_step(self, chosen: StepPlan, tokens: int, rows: int = 1) -> float | None:
         """Seconds."""
         self.trials.append((chosen, tokens, rows))
         kept = chosen.keeps(tokens, LAYERS)
@@ -69,22 +69,22 @@ def test_the_fastest_of_several_attempts_counts_and_one_that_runs_out_of_memory_
         time.sleep(pauses[len(calls) % 3])
         calls.append(None)
 
-    assert 0.05 <= micro_batch.measure(world, attempt, repeat_for=0.12) < 0.1
+    assert 0.05 <= measuring.measure(world, attempt, repeat_for=0.12) < 0.1
     assert len(calls) == 3
-    assert micro_batch.fits(world, attempt)
+    assert measuring.fits(world, attempt)
     assert len(calls) == 4
 
     def too_large() -> None:
         raise torch.cuda.OutOfMemoryError
 
-    assert micro_batch.measure(world, too_large) is None
-    assert not micro_batch.fits(world, too_large)
+    assert measuring.measure(world, too_large) is None
+    assert not measuring.fits(world, too_large)
 
 
 def test_a_large_card_takes_a_step_at_once_and_is_asked_once(monkeypatch):
     card = Card(8000 * (4 + LAYERS), monkeypatch)
     found = card.asked().by_trying()
-    assert found == MicroBatch(8000, LAYERS)
+    assert found == StepPlan(8000, LAYERS)
     assert card.trials == [(found, 8000, 1)]
 
 
@@ -95,11 +95,11 @@ def test_a_smaller_card_gets_what_is_fastest_of_all_that_fits(monkeypatch, memor
     assert found.token_budget * (4 + found.kept_layers) <= memory
     assert not found.offload_every
 
-    def speed(chosen: MicroBatch) -> float:
+    def speed(chosen: StepPlan) -> float:
         seconds = card.try_step(chosen, chosen.token_budget)
         return chosen.token_budget / seconds if seconds else 0.0
 
-    best = max(speed(MicroBatch(t, k)) for t in token_budgets(500, 8000, 0) for k in range(LAYERS + 1))
+    best = max(speed(StepPlan(t, k)) for t in token_budgets(500, 8000, 0) for k in range(LAYERS + 1))
     one_more = found._replace(kept_layers=min(found.kept_layers + 1, LAYERS))
     assert speed(one_more) == best or speed(found) > 0.97 * best
 
@@ -112,7 +112,7 @@ def test_what_rows_share_counts_against_small_ones(monkeypatch, memory):
 
     def seconds(rows: int, kept: int) -> float:
         tokens = -(-8000 // rows) + 500
-        one = card.try_step(MicroBatch(tokens, kept), tokens)
+        one = card.try_step(StepPlan(tokens, kept), tokens)
         return rows * one if one else 1e9
 
     best = min(seconds(rows, kept) for rows in range(1, 17) for kept in range(LAYERS + 1))
@@ -141,7 +141,7 @@ def test_host_memory_takes_what_it_can_while_the_card_computes(monkeypatch, copy
 def test_a_smaller_size_may_be_fastest_with_host_memory_alone(monkeypatch):
     """The largest leaves no room for the layer that is on its way, and the next is slower without offloading."""
     card = Card(33_000, monkeypatch, copy=0.0)
-    assert card.asked().by_trying() == MicroBatch(8000, 0)
+    assert card.asked().by_trying() == StepPlan(8000, 0)
     found = card.asked(host=HostMemory(10**9, int, 0.01 / LAYERS)).by_trying()
     assert found.token_budget == 4000
     assert found.offload_every == 1
@@ -155,9 +155,9 @@ def test_host_memory_is_not_used_where_that_is_slower(monkeypatch):
 def test_memory_is_pinned_only_if_that_is_soon_won_back(monkeypatch):
     """With 11 layers kept 21 compute twice; with host memory 10 are kept and 22 let their activations wait there."""
     card = Card(2500 * (4 + 12), monkeypatch, copy=0.0)
-    slower = card.try_step(MicroBatch(2500, 11), 2500) / card.try_step(MicroBatch(2500, 10, 1), 2500)
+    slower = card.try_step(StepPlan(2500, 11), 2500) / card.try_step(StepPlan(2500, 10, 1), 2500)
     assert slower == pytest.approx(1 + 21 / 64)
-    won = micro_batch.WON_BACK_WITHIN * (1 - 1 / slower)
+    won = search.WON_BACK_WITHIN * (1 - 1 / slower)
     for factor, offloads in ((1.1, False), (0.9, True)):
         host = HostMemory(10**9, int, 0.01 / LAYERS, pin_seconds=factor * won / (22 * 2500))
         found = card.asked(longest=2500, largest=2500, mean=2500, host=host).by_trying()
@@ -168,7 +168,7 @@ def test_memory_is_pinned_only_if_that_is_soon_won_back(monkeypatch):
 def test_memory_stays_pinned_only_if_the_first_step_can_use_it(monkeypatch, cost, copy, stays):
     """The largest size is best with offloading; a smaller one is; none is."""
     card = Card(90_000, monkeypatch, copy=cost)
-    monkeypatch.setattr(micro_batch, "give_back_host", lambda: card.trials.append(None))
+    monkeypatch.setattr(search, "give_back_host", lambda: card.trials.append(None))
     found = card.asked(longest=2500, host=HostMemory(10**9, int, copy / LAYERS)).by_trying()
     assert (card.trials[-1] is not None) == stays
     if stays:
@@ -188,7 +188,7 @@ def test_no_more_waits_in_host_memory_than_it_has_room_for(monkeypatch):
 
 def test_what_the_user_has_fixed_stays(monkeypatch):
     card = Card(60_000, monkeypatch)
-    assert card.asked(kept=[0]).by_trying() == MicroBatch(8000, 0)
+    assert card.asked(kept=[0]).by_trying() == StepPlan(8000, 0)
     assert all(chosen.kept_layers == 0 for chosen, _tokens, _rows in card.trials)
 
 
@@ -214,8 +214,8 @@ def test_a_sharded_search_never_tries_what_does_not_fit(monkeypatch, memory):
         chosen, tokens, _rows = card.trials[-1]
         return tokens * (4 + chosen.kept_layers)
 
-    monkeypatch.setattr(micro_batch, "_peak", peak)
-    monkeypatch.setattr(micro_batch, "_memory_limit", lambda _world: memory)
+    monkeypatch.setattr(search, "peak_of", peak)
+    monkeypatch.setattr(search, "memory_limit", lambda _world: memory)
     tokens, kept, *_others = card.asked(longest=100).by_extrapolation()
     assert tokens * (4 + kept) <= 0.9 * memory
     if memory >= 400_000:
@@ -237,7 +237,7 @@ def test_cards_without_room_for_several_rows_take_one_at_a_time(monkeypatch):
 def test_an_earlier_answer_that_needs_more_host_memory_than_there_is_now_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     card = Card(90_000, monkeypatch, copy=0.1)
-    monkeypatch.setattr(micro_batch, "_memory_limit", lambda _world: card.memory)
+    monkeypatch.setattr(search, "memory_limit", lambda _world: card.memory)
 
     def host_bytes(room: int) -> int:
         found = card.asked(host=HostMemory(room, int, 0.1 / LAYERS)).best("one")
@@ -250,9 +250,9 @@ def test_an_earlier_answer_that_needs_more_host_memory_than_there_is_now_is_not_
 def test_an_earlier_runs_answer_is_used_as_long_as_it_fits(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     card = Card(60_000, monkeypatch)
-    monkeypatch.setattr(micro_batch, "_memory_limit", lambda _world: card.memory)
+    monkeypatch.setattr(search, "memory_limit", lambda _world: card.memory)
 
-    def ask(kind: str) -> MicroBatch:
+    def ask(kind: str) -> StepPlan:
         card.trials.clear()
         return card.asked().best(kind)
 
@@ -277,8 +277,8 @@ def test_an_earlier_runs_answer_is_used_as_long_as_it_fits(monkeypatch, tmp_path
 def test_what_must_not_be_tried_is_trusted(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     card = Card(60_000, monkeypatch)
-    monkeypatch.setattr(micro_batch, "_memory_limit", lambda _world: card.memory)
-    monkeypatch.setattr(micro_batch, "_peak", lambda _world, attempt: attempt() and 1000.0)
+    monkeypatch.setattr(search, "memory_limit", lambda _world: card.memory)
+    monkeypatch.setattr(search, "peak_of", lambda _world, attempt: attempt() and 1000.0)
     found = card.asked(longest=100, is_sharded=True).best("one")
     card.trials.clear()
     assert card.asked(longest=100, is_sharded=True).best("one") == found

@@ -9,7 +9,7 @@ from torch.distributed.run import get_args_parser
 from configs.command_line import parse
 from configs.errors import UserError
 from configs.training import TrainingConfig
-from utils.machine.world import start_world
+from utils.machine.launch import start_world
 
 
 def executable(path, text: str) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from configs.training import TrainingConfig
-from utils.rows.packing import Schedule
-from utils.training.optimizer import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
+from utils.rows.schedule import Schedule
+from utils.training.loss_scale import LossScale
+from utils.training.optimizer import gradient_norm, learning_rate, make_optimizer, step_if_finite
 
 
 def rates(total: int, examples: int = 1000, batch: int = 1, **settings) -> list[float]:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ft_datasets.alpaca_dataset import Example
-from utils.rows.packing import Schedule, pack, share_out
+from ft_datasets.examples import Example
+from utils.rows.packing import pack, share_out
+from utils.rows.schedule import Schedule
 
 CPU = torch.device("cpu")
 

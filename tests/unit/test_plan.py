@@ -14,10 +14,12 @@ from configs.errors import UserError
 from configs.training import TrainingConfig
 from ft_datasets.loading import load_data
 from utils.machine.world import World
-from utils.model.activations import MicroBatch
 from utils.model.folder import ModelFolder
+from utils.planning import fits
 from utils.planning.estimate import estimate
+from utils.planning.fits import check_memory, refuse_too_little, variants
 from utils.reports import plan
+from utils.training.step_plan import StepPlan
 
 
 @pytest.mark.parametrize(
@@ -36,24 +38,24 @@ from utils.reports import plan
 def test_a_limit_below_the_weights_is_refused_with_what_would_do(settings, limit, cards, refused):
     config = replace(LORA, **settings)
     if not refused:
-        plan.refuse_too_little(config, LLAMA_7B, 2, 512, limit, world(cards))
+        refuse_too_little(config, LLAMA_7B, 2, 512, limit, world(cards))
         return
     with pytest.raises(UserError) as error:
-        plan.refuse_too_little(config, LLAMA_7B, 2, 512, limit, world(cards))
+        refuse_too_little(config, LLAMA_7B, 2, 512, limit, world(cards))
     message = str(error.value)
     assert f"{limit / 1e9:.1f} GB of it may be used" in message
     rows = {row.rpartition("--gpu_memory_gb")[0].strip(): float(row.split()[-1]) for row in message.splitlines()[1:]}
     assert rows["16 bit"] > rows["--quantization 8bit"] > rows["--quantization 4bit"] > 1
     assert ("full fine-tuning" in rows) != config.use_peft
-    for name, variant in plan.variants(config):  # what is advised is not refused
-        plan.refuse_too_little(variant, LLAMA_7B, 2, 512, rows[name] * 1e9, world(cards))
+    for name, variant in variants(config):  # what is advised is not refused
+        refuse_too_little(variant, LLAMA_7B, 2, 512, rows[name] * 1e9, world(cards))
 
 
 def test_sharing_out_among_processes_counts():
     full = replace(LORA, use_peft=False, enable_fsdp=True)
-    plan.refuse_too_little(full, LLAMA_7B, 2, 512, 70e9, world(1, size=2))
+    refuse_too_little(full, LLAMA_7B, 2, 512, 70e9, world(1, size=2))
     with pytest.raises(UserError):
-        plan.refuse_too_little(full, LLAMA_7B, 2, 512, 70e9, world(1, size=1))
+        refuse_too_little(full, LLAMA_7B, 2, 512, 70e9, world(1, size=1))
 
 
 def test_a_card_that_is_too_small_is_refused_before_loading(tiny_model, data_file, tmp_path, monkeypatch):
@@ -64,17 +66,17 @@ def test_a_card_that_is_too_small_is_refused_before_loading(tiny_model, data_fil
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     with pytest.raises(UserError, match=r"--gpu_memory_gb 0\.1"):
-        plan.check_memory(config, ModelFolder(tiny_model), data, world(1))
-    plan.check_memory(replace(config, gpu_memory_gb=0.0), ModelFolder(tiny_model), data, world(1))
-    plan.check_memory(config, ModelFolder(tiny_model), data, World(0, 0, 1, [torch.device("cpu")]))
+        check_memory(config, ModelFolder(tiny_model), data, world(1))
+    check_memory(replace(config, gpu_memory_gb=0.0), ModelFolder(tiny_model), data, world(1))
+    check_memory(config, ModelFolder(tiny_model), data, World(0, 0, 1, [torch.device("cpu")]))
 
 
 def test_memory_is_checked_before_the_model_is_loaded(tiny_model, data_file, tmp_path, monkeypatch):
     def refuse(*_arguments):
         raise UserError("too small")
 
-    monkeypatch.setattr(plan, "check_memory", refuse)
-    monkeypatch.setattr("utils.model.decoder.load_base_model", lambda *_arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(fits, "check_memory", refuse)
+    monkeypatch.setattr("utils.model.weights.load_base_model", lambda *_arguments: pytest.fail("loaded"))
     flags = f"--model_name {tiny_model} --alpaca_dataset.data_path {data_file} --output_dir {tmp_path / 'out'}"
     with pytest.raises(UserError, match="too small"):
         llama_finetuning.main(flags.split())
@@ -153,6 +155,6 @@ def test_every_command_of_the_plan_is_one_that_runs(tiny_model, data_file, tmp_p
 
 def test_the_least_that_would_do_has_room_for_the_gradients_of_an_earlier_micro_batch():
     with pytest.raises(UserError) as refusal:
-        plan.refuse_too_little(FULL, LLAMA_7B, 2, 512, 24e9, world(1))
-    least = estimate(FULL, LLAMA_7B, 2, "plain", MicroBatch(512, 0), step=math.inf).needed
+        refuse_too_little(FULL, LLAMA_7B, 2, 512, 24e9, world(1))
+    least = estimate(FULL, LLAMA_7B, 2, "plain", StepPlan(512, 0), step=math.inf).needed
     assert f"--gpu_memory_gb {math.ceil(least / 1e8) / 10}" in str(refusal.value)

@@ -10,7 +10,8 @@ import sentencepiece
 from helpers.tiny_models import write_tokenizer_json
 
 from configs.errors import UserError
-from ft_datasets.alpaca_dataset import Record, encode_records
+from ft_datasets.alpaca_dataset import Record
+from ft_datasets.encoding import encode_records
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 

@@ -8,7 +8,8 @@ from helpers.environment import ROOT
 
 from configs.command_line import parse, usage
 from configs.download import DownloadConfig
-from configs.serving import ApiConfig, ChatConfig, ConverterConfig, MergeConfig
+from configs.results import ConverterConfig, MergeConfig
+from configs.serving import ApiConfig, ChatConfig
 from configs.training import TrainingConfig
 from scripts import quickstart
 

@@ -7,10 +7,9 @@ import pytest
 from configs.errors import UserError
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
-from utils.model.adapters import DESCRIBED
-from utils.results.saving import write_training_config
-from utils.rows.packing import Schedule
+from utils.rows.schedule import Schedule
 from utils.runs.checkpoint import write_mark
+from utils.runs.description import DESCRIBED, write_training_config
 from utils.runs.start import find_start, repeated_steps, run_identity
 
 FINGERPRINTS = {"data": "d", "base_model": "b", "tokenizer": "t", "prompt_template": "p"}

@@ -8,11 +8,14 @@ import pytest
 import torch
 from test_packing import share_out_plainly
 
-from ft_datasets.alpaca_dataset import Example, encode_records, load_records
+from ft_datasets.alpaca_dataset import load_records
+from ft_datasets.encoding import encode_records
+from ft_datasets.examples import Example
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.shared_prefixes import common_prefixes, share_prefixes
 from ft_datasets.tokenizer import Tokenizer
-from utils.rows.packing import Schedule, first_that_fit, heaviest_first, pack, share_out, tokens_of_a_step
+from utils.rows.packing import first_that_fit, heaviest_first, pack, share_out, tokens_of_a_step
+from utils.rows.schedule import Schedule
 
 CPU = torch.device("cpu")
 

@@ -4,10 +4,11 @@ Only the standard library is imported here, so that the trainer can ask `unfinis
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from utils.files import write_durably
 
 MANIFEST_NAME = "download_manifest.json"
 STATE_FOLDER = ".download"
@@ -75,27 +76,6 @@ def unfinished_files(folder: Path) -> list[str]:
         ]
         return sorted(str(path.relative_to(folder)) for path in leftovers)
     return [path for path, entry in manifest.files.items() if not entry.proved or _size(folder / path) != entry.size]
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file's text, in a way that survives a power cut at any instant."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    replace_durably(temporary, path)
-
-
-def replace_durably(source: Path, destination: Path) -> None:
-    """Rename, and have the disk remember it."""
-    source.replace(destination)
-    if os.name == "posix":  # Windows can't open a folder, and its rename is written through
-        folder = os.open(destination.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _size(path: Path) -> int | None:

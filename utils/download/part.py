@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from utils.download.listing import RemoteFile
-from utils.download.manifest import replace_durably, write_durably
 from utils.download.proof import BLOCK, new_hash
+from utils.files import replace_durably, write_durably
 
 JOURNAL_LINE = re.compile(r"(\d+) (\d+) ([0-9a-f]{8})\n")
 

@@ -1,18 +1,12 @@
 """Proof that bytes are the right ones: SHA-256, git's blob hash, and the header of safetensors."""
 
 import hashlib
-import json
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from configs.messages import _
-
 BLOCK = 4 * 1024**2
-LONGEST_HEADER = 100_000_000
-"""The safetensors format's own limit."""
 
 
 def new_hash(algorithm: str, size: int) -> Any:
@@ -35,25 +29,3 @@ def has_digest(path: Path, size: int, algorithm: str, digest: str, read: Callabl
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
     return proof.hexdigest() == digest
-
-
-def safetensors_problem(path: Path) -> str | None:
-    """What is wrong with the header of a safetensors file; None where its tensors fill the file exactly."""
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (header_length,) = struct.unpack("<Q", file.read(8))
-            if header_length > min(LONGEST_HEADER, size - 8):
-                return _("its header is longer than the file")
-            header: dict[str, Any] = json.loads(file.read(header_length))
-        spans = sorted(tensor["data_offsets"] for name, tensor in header.items() if name != "__metadata__")
-        position = 0
-        for start, end in spans:
-            if start != position or end < start:
-                return _("its tensors overlap or leave gaps")
-            position = end
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-        return _("its header is not readable")
-    if 8 + header_length + position != size:
-        return _("its tensors do not fill it")
-    return None

@@ -17,10 +17,10 @@ from utils.download.listing import Listing, RemoteFile
 from utils.download.manifest import STATE_FOLDER, Manifest
 from utils.download.options import TransferOptions
 from utils.download.part import PartFile, Range, bytes_missing
-from utils.download.proof import safetensors_problem
 from utils.download.runs import FileTransfer, Run, Throttle
 from utils.download.source import Source
 from utils.download.xet import fetch_by_xet
+from utils.files import safetensors_problem
 
 MOST_DISAGREEMENTS = 12
 """So often in a row a piece may come differently before the source is called bad."""

@@ -1,11 +1,9 @@
 """torch.compile: whether a run gains by it, and how the plain layers are compiled."""
 
 import torch
-from torch import nn
 
 from configs.errors import UserError
 from configs.messages import _
-from utils.model.decoder import causal_lm
 
 PAYS_FROM_TOKENS = 1_000_000
 """A run this long wins back the minute that compiling takes (plain layers on an H100: 10,000 -> 17,000 tokens/s)."""
@@ -36,11 +34,3 @@ def should_compile(choice: bool | None, device: torch.device, tokens: int) -> bo
 
 def _has_compiler(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_CARD
-
-
-def compile_layers(model: nn.Module) -> None:
-    """Compile each decoder layer, in place. They share one compiled function, whatever a row's length is."""
-    # Adapters' scalings are constants; as inputs they would be converted on the CPU, by C++ code to be compiled.
-    torch._dynamo.config.specialize_float = True
-    for layer in causal_lm(model).model.layers:
-        layer.compile(dynamic=True)

@@ -1,14 +1,10 @@
 """The processes of one run: who they are, what they share, and how they end together."""
 
-import contextlib
-import datetime
 import os
-import signal
 import socket
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from configs.errors import UserError
+from configs.fsdp import FsdpConfig
 from configs.messages import _
 
 Result = TypeVar("Result")
@@ -52,83 +49,6 @@ class World:
         return self.rank == 0
 
 
-def start_world(one_gpu: bool) -> World:
-    """Join the other processes, if there are any, and choose this one's devices.
-
-    Raises:
-        UserError: torchrun was started in a way that can't work.
-    """
-    _check_restarts_can_work()
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    _end_with_parent()
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > count:
-            raise UserError(
-                _("More processes than cards: torchrun --nproc_per_node {count} at most on this machine.", count=count)
-            )
-        if size > 1 or one_gpu:
-            devices = [torch.device("cuda", local_rank)]
-        else:
-            devices = [torch.device("cuda", index) for index in range(count)]
-        torch.cuda.set_device(devices[0])
-    else:
-        devices = [torch.device("cpu")]
-    if size > 1:
-        # Half an hour: another rank may be hashing or loading from a slow disk meanwhile.
-        # Weights that FSDP keeps in host memory are gathered from there, which NCCL can't do.
-        backend = "cpu:gloo,cuda:nccl" if devices[0].type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-    return World(rank, local_rank, size, devices)
-
-
-def _check_restarts_can_work() -> None:
-    """Refuse restarts over several nodes through torchrun's own store.
-
-    Workers find one another under a prefix of it that holds the number of restarts, which each node counts by itself:
-    after the first failure on one node they would read what workers that are gone have left there, and wait for ever.
-    """
-    several_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
-    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
-    if several_nodes and may_restart and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        raise UserError(
-            _(
-                "torchrun can't restart workers on several machines unless they have a store of their own. On each "
-                "machine, before torchrun: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
-            )
-        )
-
-
-def _end_with_parent() -> None:
-    """End this worker when its torchrun has died, which would otherwise leave it running, holding the card.
-
-    torchrun starts workers in sessions of their own, so killing torchrun tells them nothing.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(128 + signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True, name="end-with-torchrun").start()
-
-
-@contextlib.contextmanager
-def joined_world(one_gpu: bool) -> Iterator[World]:
-    """The world for the length of a run."""
-    world = start_world(one_gpu)
-    try:
-        yield world
-        barrier()  # nobody leaves while another still writes: a process group must not lose members
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
@@ -150,7 +70,7 @@ def total_across(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def same_on_all(text: str) -> list[str]:
+def gathered_from_all(text: str) -> list[str]:
     """What each process passed, in the order of ranks."""
     if not dist.is_initialized():
         return [text]
@@ -204,11 +124,6 @@ def decide_on_main(world: World, decide: Callable[[], Result]) -> Result:
     return result
 
 
-def was_restarted(world: World) -> bool:
-    """Whether torchrun has started the workers anew after one of them failed; each node counts its own failures."""
-    return sum_across([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], world.device)[0] > 0
-
-
 def check_shared(world: World, folder: Path) -> None:
     """Refuse a folder that is not the same for all processes: each of them writes its part of a checkpoint there.
 
@@ -228,7 +143,7 @@ def check_shared(world: World, folder: Path) -> None:
     deadline = time.monotonic() + WAIT_FOR_DISK_SECONDS
     while not (seen := marked.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    machines = [name for name in same_on_all("" if seen else socket.gethostname()) if name]
+    machines = [name for name in gathered_from_all("" if seen else socket.gethostname()) if name]
     if world.is_main:
         marked.unlink()
     if machines:
@@ -269,3 +184,25 @@ def _sum_bucket(gradients: list[torch.Tensor]) -> None:
     pieces = flat.split([gradient.numel() for gradient in gradients])
     for gradient, piece in zip(gradients, pieces, strict=True):
         gradient.copy_(piece.view_as(gradient))
+
+
+def sharding_group_size(config: FsdpConfig, world_size: int) -> int:
+    """Among how many processes one model is shared out.
+
+    Raises:
+        UserError: hybrid sharding is asked for, and the processes can't be divided into groups of this size.
+    """
+    if config.sharding_strategy != "HYBRID_SHARD":
+        return world_size
+    size = config.sharding_group_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if not 1 < size < world_size or world_size % size:
+        raise UserError(
+            _(
+                "--fsdp_config.sharding_strategy HYBRID_SHARD divides the processes into at least two groups of at "
+                "least two: {world} processes can't make groups of {size}. Give another "
+                "--fsdp_config.sharding_group_size, or take FULL_SHARD, which makes one group of all.",
+                world=world_size,
+                size=size,
+            )
+        )
+    return size

@@ -1,20 +1,15 @@
 """What becomes of a layer's activations between its forward and its backward pass.
 
 They are kept, or computed again (activation checkpointing, Chen et al. 2016), or wait in host memory, copied out and
-back while the card computes. `MicroBatch` says which layers do what.
+back while the card computes. `StepPlan` says which layers do what.
 """
 
-import contextlib
 import functools
-import math
-import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 
 from utils.machine.memory import pinned_for
-from utils.rows.segments import ROW_MULTIPLE
 
 
 class Activations:
@@ -110,77 +105,3 @@ class Offloaded(Activations):
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
     """For copies; None on a CPU, which does one thing after another."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
-
-
-class HostMemory(NamedTuple):
-    """Main memory for offloaded activations.
-
-    Attributes:
-        room: bytes.
-        bytes_of: how many a layer takes in a row of so many tokens.
-        seconds: that the copy of one token's takes.
-        pin_seconds: that it takes to pin a byte.
-    """
-
-    room: float
-    bytes_of: Callable[[int], int]
-    seconds: float
-    pin_seconds: float = 0.0
-
-
-def host_seconds(device: torch.device, size: int = 2**25) -> tuple[float, float]:
-    """How long the copy of a byte from the card to host memory takes (infinite: no room), and how long to pin one."""
-    seconds = [math.inf]
-    start = time.perf_counter()
-    on_host = pinned_for(device, functools.partial(torch.empty, 8 * size, dtype=torch.uint8))[:size]
-    pinning = (time.perf_counter() - start) / (8 * size)
-    with contextlib.suppress(torch.cuda.OutOfMemoryError):
-        on_card = torch.empty(size, dtype=torch.uint8, device=device)
-        for _repeat in range(5):
-            torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            on_host.copy_(on_card, non_blocking=True)
-            torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-    return min(seconds) / size, pinning
-
-
-class MicroBatch(NamedTuple):
-    """How a step is cut into rows, and what their layers do with their activations.
-
-    Attributes:
-        token_budget: most tokens of a row.
-        kept_layers: how many layers of such a row, from the last, keep theirs; of a shorter one more, for as many
-            tokens in all.
-        offload_every: of the other layers, every so many-th lets them wait in host memory; 0 = none. The rest compute
-            them again.
-        rows: how many go forward one after another before the first goes backward; see rows_together.
-    """
-
-    token_budget: int
-    kept_layers: int
-    offload_every: int = 0
-    rows: int = 1
-
-    def keeps(self, tokens: int, layers: int) -> int:
-        """How many of a row's layers keep their activations."""
-        full = math.ceil(self.token_budget / ROW_MULTIPLE) * ROW_MULTIPLE
-        return min(layers, self.kept_layers * max(full, tokens) // tokens)
-
-    def offloads(self, others: int) -> int:
-        """How many of the `others`, which do not keep them, offload them."""
-        return math.ceil(others / self.offload_every) if self.offload_every else 0
-
-    def activations(self, tokens: int, layers: int) -> list[Activations]:
-        """Where each layer of a row of so many tokens leaves its activations."""
-        kept = self.keeps(tokens, layers)
-        places: list[Activations] = []
-        before = None
-        for to_kept in range(layers - kept, 0, -1):
-            # The last of them is offloaded in any case: when its turn comes, the card still has its tensors.
-            if self.offload_every and (to_kept - 1) % self.offload_every == 0:
-                before = Offloaded(before)
-                places.append(before)
-            else:
-                places.append(Recomputed())
-        return places + [Kept() for _layer in range(kept)]

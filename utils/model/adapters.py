@@ -1,8 +1,6 @@
 """The trainable part of a model: put over a base model, and loaded again for use."""
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,15 +10,8 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.peft import ALL_LINEAR
 from configs.training import TrainingConfig
-from ft_datasets.prompt import PromptTemplate
-from ft_datasets.tokenizer import Tokenizer
 from utils.model.attention import Prefix
 from utils.model.decoder import causal_lm
-from utils.model.folder import ADAPTER_CONFIG, ModelFolder, is_whole
-
-TRAINING_CONFIG = "training_config.json"
-DESCRIBED = ("settings", "prompt_template", "bos_ids", "eos_id", "tokenizer_fingerprint", "base_model_fingerprint")
-"""What a training_config.json must hold for an adapter to be used."""
 
 
 def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
@@ -158,115 +149,3 @@ def learnt_prefix(model: nn.Module) -> Prefix | None:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, in a fixed order, each shared one once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def load_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Put a saved adapter over a base model, for inference, in `dtype`.
-
-    Raises:
-        UserError: the folder holds no adapter, or one for a model of another shape.
-    """
-    import peft
-
-    check_adapter_folder(folder)
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError, OSError, KeyError) as error:  # PEFT's own words for shapes that differ
-        raise UserError(
-            _(
-                "The adapter in {folder} does not fit this base model:\n  {error}\nGive the base model that it was "
-                "trained on.",
-                folder=folder,
-                error="\n  ".join(line.strip() for line in str(error).strip().split("\n")[:2]),
-            )
-        ) from error
-    for parameter in adapted.parameters():
-        if parameter.dtype == torch.float32:
-            parameter.data = parameter.data.to(dtype)
-    return adapted.eval()
-
-
-def check_adapter_folder(folder: Path) -> None:
-    """Refuse a folder that holds no adapter, or half of one, saying what it holds instead."""
-    if (folder / ADAPTER_CONFIG).is_file():
-        broken = [ADAPTER_CONFIG] if not _is_json_object(folder / ADAPTER_CONFIG) else []
-        files = (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
-        broken += [file.name for file in files if file.is_file() and not is_whole(file)]
-        if broken:
-            raise UserError(
-                _(
-                    "The adapter in {folder} is not whole: {files} cut short or damaged. Copy it again.",
-                    folder=folder,
-                    files=", ".join(broken),
-                )
-            )
-        return
-    if (folder / "config.json").is_file():
-        raise UserError(
-            _(
-                "{folder} holds a whole model, not an adapter. Use it as the base: --base_model {folder} "
-                "--lora_weights ''",
-                folder=folder,
-            )
-        )
-    raise UserError(
-        _(
-            "There is no adapter in {folder} (no {file}). Train one with llama_finetuning.py --output_dir {folder}, "
-            "give the folder that holds it, or --lora_weights '' for the base model alone.",
-            folder=folder,
-            file=ADAPTER_CONFIG,
-        )
-    )
-
-
-def _is_json_object(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-    except ValueError:
-        return False
-
-
-def read_training_config(folder: Path) -> dict[str, Any] | None:
-    """A folder's training_config.json; None for adapters and models made elsewhere.
-
-    Raises:
-        UserError: the file is there and broken.
-    """
-    path = folder / TRAINING_CONFIG
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        if lacking := [key for key in DESCRIBED if key not in described]:
-            raise ValueError(_("it lacks {keys}", keys=", ".join(lacking)))
-        return described
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(_("{file} can't be read ({error}).", file=path, error=error)) from error
-
-
-def check_belongs(adapter_folder: Path, base: ModelFolder, tokenizer: Tokenizer) -> PromptTemplate:
-    """The template that an adapter was trained with, once it is clear that base model and tokenizer are its own.
-
-    Raises:
-        UserError: another base model or another tokenizer.
-    """
-    described = read_training_config(adapter_folder)
-    if described is None:
-        return PromptTemplate()
-    trained_on = described["settings"]["model_name"]
-    if described["tokenizer_fingerprint"] != tokenizer.fingerprint:
-        what = _("another tokenizer")
-    elif described["base_model_fingerprint"] != base.fingerprint():
-        what = _("another base model")
-    else:
-        return PromptTemplate(**described["prompt_template"])
-    raise UserError(
-        _(
-            "The adapter in {adapter} was trained over {what}, not over {base}: it was trained over {trained_on}. "
-            "Give that model with --base_model.",
-            adapter=adapter_folder,
-            what=what,
-            base=base.path,
-            trained_on=trained_on,
-        )
-    )

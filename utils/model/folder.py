@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.messages import _
 from utils.download.manifest import unfinished_files
+from utils.model.tensor_files import is_whole, open_tensors, tensor_names
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose decoder is Llama's: embedding, layers of attention and gated MLP under RMSNorm, RoPE."""
@@ -106,7 +106,7 @@ class ModelFolder:
             broken = [file.name for file in files if not is_whole(file)]
             if broken:
                 raise self._half_there(broken)
-            return found or dict.fromkeys(_tensor_names(single), single)
+            return found or dict.fromkeys(tensor_names(single), single)
         raise self._half_there(["model.safetensors"])
 
     def _half_there(self, files: list[str]) -> UserError:
@@ -211,59 +211,3 @@ class ModelFolder:
     def parameter_bytes(self) -> int:
         """Size of the weight files on disk."""
         return sum(file.stat().st_size for file in set(self.tensor_files.values()))
-
-
-class _PickledTensors:
-    """A .bin file behind the interface of safetensors' safe_open."""
-
-    def __init__(self, file: Path) -> None:
-        import torch
-
-        self.tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-
-    def __enter__(self) -> "_PickledTensors":
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.tensors = {}
-
-    def keys(self) -> list[str]:
-        return list(self.tensors)
-
-    def get_tensor(self, name: str) -> Any:
-        return self.tensors[name]
-
-    get_slice = get_tensor
-
-
-def open_tensors(file: Path) -> Any:
-    """A weight file as a context manager with keys(), get_tensor(name) and get_slice(name)."""
-    from safetensors import safe_open
-
-    return safe_open(file, framework="pt") if file.suffix == ".safetensors" else _PickledTensors(file)
-
-
-def _tensor_names(file: Path) -> list[str]:
-    with open_tensors(file) as tensors:
-        return list(tensors.keys())
-
-
-def is_whole(file: Path) -> bool:
-    """Whether a weight file was not cut short.
-
-    A safetensors file (8 bytes, header, data) is as long as its own header says; a .bin file is a zip archive, whose
-    directory stands at its end.
-    """
-    if file.suffix != ".safetensors":
-        return zipfile.is_zipfile(file)
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        header_size = int.from_bytes(handle.read(8), "little")
-        if header_size + 8 > size:
-            return False
-        try:
-            header = json.loads(handle.read(header_size))
-        except ValueError:
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == 8 + header_size + max(ends, default=0)

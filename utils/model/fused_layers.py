@@ -28,7 +28,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 gate/up, SiLU, down, residual."""
 
 
-def why_not(config: TrainingConfig, model: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:
+def why_plain(config: TrainingConfig, model: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:
     """Why these layers can't stand in for those of a model with such a config.json; '' if they can."""
     if not varlen_kernel(device, dtype):
         return _("it needs bf16 or fp16 on an NVIDIA card, a P100 or newer")

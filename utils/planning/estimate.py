@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from configs.training import TrainingConfig
-from utils.model.activations import MicroBatch
+from utils.machine.world import sharding_group_size
 from utils.model.decoder import causal_lm
 from utils.planning.layer_memory import LAYERS, Kind, has_wide_stream, kind_of
-from utils.planning.shape import Shape, adapter_parameters, trained_modules
+from utils.planning.shape import BytesEach, Shape, adapter_parameters, trained_modules
 from utils.training.loss import CHUNK
-from utils.training.optimizer import BytesEach
-from utils.training.sharding import sharding_group_size
+from utils.training.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from utils.training.trainer import Trainer
@@ -70,7 +69,7 @@ def estimate(
     shape: Shape,
     compute_bytes: int,
     kind: Kind,
-    micro_batch: MicroBatch,
+    step_plan: StepPlan,
     cards: int = 1,
     shards: int = 1,
     step: float = math.inf,
@@ -79,7 +78,7 @@ def estimate(
 
     Args:
         kind: how layers are computed.
-        micro_batch: whose full rows are meant.
+        step_plan: whose full rows are meant.
         cards: over which the process lays the layers; the estimate is for the last, which has the head and the layers
             that keep most.
         shards: processes that share weights, gradients and optimizer out (FSDP; see sharding_group_size).
@@ -88,8 +87,8 @@ def estimate(
     weights, trained, layers, copy = _held(config, shape, compute_bytes, cards)
     gathered, in_transit = _in_passing(config, shape, compute_bytes) if config.enable_fsdp else (0.0, 0.0)
     each, layer = BytesEach.of(config), LAYERS[kind](config, shape, compute_bytes)
-    rows, tokens, kept = micro_batch.rows, micro_batch.token_budget, min(micro_batch.kept_layers, layers)
-    in_transfer = min(1, micro_batch.offloads(layers - kept))  # the last offloaded layer's, when the forward pass ends
+    rows, tokens, kept = step_plan.rows, step_plan.token_budget, min(step_plan.kept_layers, layers)
+    in_transfer = min(1, step_plan.offloads(layers - kept))  # the last offloaded layer's, when the forward pass ends
     activations = rows * tokens * ((kept + in_transfer) * layer.kept + (layers - kept) * layer.recomputed)
     temporary = tokens * layer.temporary + layer.weights + gathered
     # Layers that recompute come last in the backward pass, when those that kept theirs have let go of them.
@@ -165,7 +164,7 @@ def estimate_of_run(trainer: "Trainer") -> Estimate:
         Shape.of(model.config.to_dict()),
         trainer.precision.compute.itemsize,
         kind_of(trainer.loss_module.fused is not None, trainer.compiles),
-        trainer.micro_batch,
+        trainer.step_plan,
         cards=len(trainer.world.devices),
         shards=sharding_group_size(config.fsdp_config, trainer.world.size) if config.enable_fsdp else 1,
         step=trainer.largest_step,

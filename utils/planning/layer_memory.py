@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from configs.training import TrainingConfig
-from utils.planning.shape import Shape, lora_targets, trained_modules
-from utils.training.optimizer import BytesEach
+from utils.planning.shape import BytesEach, Shape, lora_targets, trained_modules
 
 Kind = Literal["plain", "compiled plain", "fused", "compiled fused"]
 """How layers are computed: by transformers' modules or by one hand-written function a layer, compiled or not."""

@@ -122,3 +122,19 @@ def lora_targets(config: TrainingConfig, shape: Shape) -> list[str]:
         return []
     chosen = config.lora_config.target_modules
     return [name for name in shape.linears() if name in chosen or ALL_LINEAR in chosen]
+
+
+@dataclass(frozen=True)
+class BytesEach:
+    """Bytes that a trained parameter takes, by what holds them."""
+
+    weight: float
+    gradient: float
+    optimizer: float
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> "BytesEach":
+        """By --pure_bf16 and --optimizer."""
+        weight = 2.0 if config.pure_bf16 else 4.0
+        # Two moments: in fp32, or in 8 bits with an fp32 scale for every 256 numbers.
+        return cls(weight, weight, 8.0 if config.optimizer == "adamw" else 2 + 2 * 4 / 256)

@@ -10,28 +10,25 @@ from pathlib import Path
 import torch
 
 from configs.command_line import flags_of
-from configs.errors import UserError
 from configs.messages import _
-from configs.quantization import Quantization
 from configs.training import TrainingConfig
 from ft_datasets.loading import Data
 from utils.machine.compiling import check_compiler, should_compile
 from utils.machine.memory import free_main_memory
 from utils.machine.precision import choose_precision
-from utils.machine.world import World
-from utils.model.activations import MicroBatch
 from utils.model.folder import ModelFolder
-from utils.model.fused_layers import why_not
+from utils.model.fused_layers import why_plain
 from utils.planning.estimate import Estimate, estimate
+from utils.planning.fits import variants
 from utils.planning.layer_memory import Kind, kind_of
-from utils.planning.shape import Shape, trained_parameters
-from utils.results.saving import SHARD_BYTES
-from utils.rows.packing import Schedule, tokens_of_a_step
+from utils.planning.shape import BytesEach, Shape, trained_parameters
+from utils.results.model_files import SHARD_BYTES
+from utils.rows.packing import tokens_of_a_step
+from utils.rows.schedule import Schedule
 from utils.runs.checkpoint import COPIED_AT_MOST
-from utils.runs.metrics import duration
-from utils.training.optimizer import BytesEach, check_optimizer
-from utils.training.search import CPU_TOKENS, relative_speed, rows_of, rows_together, token_budgets
-from utils.training.sharding import sharding_group_size
+from utils.runs.progress import duration
+from utils.training.optimizer import check_optimizer
+from utils.training.step_plan import CPU_TOKENS, StepPlan, relative_speed, rows_of, rows_together, token_budgets
 
 SHARE_OF_MATMUL: dict[Kind, float] = {"plain": 0.35, "compiled plain": 0.53, "fused": 0.35, "compiled fused": 0.64}
 """Speed of a training step as a share of a plain large matrix product's, in long rows that keep all activations
@@ -39,56 +36,6 @@ SHARE_OF_MATMUL: dict[Kind, float] = {"plain": 0.35, "compiled plain": 0.53, "fu
 layers of the 7B shape, half as fast as with it)."""
 SHARE_ON_CPU = 0.64
 """The same on a CPU, which nothing keeps waiting (LoRA over a model of a few million parameters)."""
-
-
-def check_memory(config: TrainingConfig, folder: ModelFolder, data: Data, world: World) -> None:
-    """Refuse, before anything is loaded, a run whose weights alone do not fit on the cards.
-
-    Raises:
-        UserError: with the least that would do, for each way to hold the base model.
-    """
-    if world.device.type == "cuda":
-        total = min(torch.cuda.get_device_properties(device).total_memory for device in world.devices)
-        limit = min(config.gpu_memory_gb * 1e9 or math.inf, total)
-        compute_bytes = choose_precision(world.device, config).compute.itemsize
-        refuse_too_little(config, Shape.of(folder.config), compute_bytes, data.longest, limit, world)
-
-
-def refuse_too_little(
-    config: TrainingConfig, shape: Shape, compute_bytes: int, longest: int, limit: float, world: World
-) -> None:
-    """As check_memory, for cards of `limit` bytes and a longest example of `longest` tokens."""
-    shards = sharding_group_size(config.fsdp_config, world.size) if config.enable_fsdp else 1
-
-    def least(variant: TrainingConfig) -> Estimate:
-        return estimate(variant, shape, compute_bytes, "plain", MicroBatch(longest, 0), len(world.devices), shards)
-
-    if (fixed := least(config).fixed) <= limit:
-        return
-    rows = [
-        f"  {name:20}  --gpu_memory_gb {math.ceil(least(variant).needed / 1e8) / 10:.1f}"
-        for name, variant in variants(config)
-    ]
-    raise UserError(
-        _(
-            "Weights and what is trained take {fixed} GB of a card, and {limit} GB of it may be used (--gpu_memory_gb, "
-            "or the card's size). The least that would do, with the longest example:\n{rows}",
-            fixed=f"{fixed / 1e9:.1f}",
-            limit=f"{limit / 1e9:.1f}",
-            rows="\n".join(rows),
-        )
-    )
-
-
-def variants(config: TrainingConfig) -> list[tuple[str, TrainingConfig]]:
-    """The same run with the base model held in each way, by name; of a full fine-tuning also LoRA instead."""
-    found = [] if config.use_peft else [(_("full fine-tuning"), config)]
-    adapted = replace(config, use_peft=True, freeze_layers=False, num_freeze_layers=1, pure_bf16=False)
-    if adapted.peft_method == "llama_adapter":  # can't be quantised
-        return [*found, ("16 bit", adapted)]
-    choices: tuple[Quantization | None, ...] = (None, "8bit", "4bit")
-    names = [f"--quantization {choice}" if choice else "16 bit" for choice in choices]
-    return found + [(name, replace(adapted, quantization=q)) for name, q in zip(names, choices, strict=True)]
 
 
 def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
@@ -116,19 +63,19 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     is_compiled = should_compile(config.torch_compile, device, step.mean * processes * schedule.total_steps)
 
     def kind(variant: TrainingConfig) -> Kind:
-        return kind_of(not why_not(variant, folder.config, device, precision.compute), is_compiled)
+        return kind_of(not why_plain(variant, folder.config, device, precision.compute), is_compiled)
 
-    def speed(micro_batch: MicroBatch) -> float:
-        return relative_speed(micro_batch.kept_layers / shape.layers, micro_batch.token_budget)
+    def speed(step_plan: StepPlan) -> float:
+        return relative_speed(step_plan.kept_layers / shape.layers, step_plan.token_budget)
 
-    def fit(variant: TrainingConfig) -> tuple[Estimate, MicroBatch, bool]:
+    def fit(variant: TrainingConfig) -> tuple[Estimate, StepPlan, bool]:
         """The fastest setting that fits (or the most frugal one), and whether it fits."""
         if device.type == "cpu":
-            tried = [MicroBatch(max(longest, CPU_TOKENS), shape.layers)]
+            tried = [StepPlan(max(longest, CPU_TOKENS), shape.layers)]
         else:
             budgets = token_budgets(longest, step.largest, step.shared)
             tried = [
-                MicroBatch(budget, kept, rows=rows_together(cards, rows_of(step.largest, budget, step.shared)))
+                StepPlan(budget, kept, rows=rows_together(cards, rows_of(step.largest, budget, step.shared)))
                 for kept in range(shape.layers, -1, -1)
                 for budget in budgets
             ]
@@ -140,8 +87,8 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
         parts, best = max(fitting, key=lambda candidate: speed(candidate[1]), default=found[-1])
         return parts, best, bool(fitting)
 
-    parts, micro_batch, _fits = fit(config)
-    budget = micro_batch.token_budget
+    parts, step_plan, _fits = fit(config)
+    budget = step_plan.token_budget
     print(_("Plan for {model}, {examples} examples", model=folder.path, examples=len(data.training)))
     print(_("  steps        {steps} ({tokens} tokens)", steps=schedule.total_steps, tokens=f"{tokens:,}"))
     print(_("  memory       {peak} at most, of {available}", peak=_gb(parts.peak), available=_gb(available)))
@@ -169,7 +116,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     free = shutil.disk_usage(_existing(Path(config.output_dir))).free
     print(_("  disk         {needed} of {free} free", needed=_gb(needed), free=_gb(free)))
     share = SHARE_ON_CPU if device.type == "cpu" else SHARE_OF_MATMUL[kind(config)]
-    rate = _matmul_flops(device, precision.compute) * share * speed(micro_batch)
+    rate = _matmul_flops(device, precision.compute) * share * speed(step_plan)
     flops = (4 if config.use_peft else 6) * (shape.decoder_weights + shape.head_weights)
     own = sum(example.own_length for example in data.training) * epochs / processes
     shared = step.shared * rows_of(step.mean, budget, step.shared) * schedule.total_steps

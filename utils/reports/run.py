@@ -11,23 +11,24 @@ import torch
 
 from configs.messages import _
 from configs.training import TrainingConfig
-from ft_datasets.alpaca_dataset import describe_lengths
+from ft_datasets.encoding import describe_lengths
 from utils.machine.memory import peak_memory_gb
 from utils.machine.precision import Precision
-from utils.machine.world import World
-from utils.model.activations import MicroBatch
-from utils.model.adapters import read_training_config
+from utils.machine.world import World, sharding_group_size
 from utils.model.decoder import causal_lm
 from utils.model.folder import ModelFolder
-from utils.model.fused_layers import why_not
+from utils.model.fused_layers import why_plain
 from utils.planning.estimate import estimate, estimate_of_run
 from utils.planning.shape import Shape
-from utils.results import saving
-from utils.runs.checkpoint import run_tensors, size_of
-from utils.runs.metrics import LOSS_PICTURE, METRICS, train_losses
+from utils.reports.loss_picture import LOSS_PICTURE
+from utils.results.model_card import chat_command
+from utils.results.model_card import model_card as write_card
+from utils.runs.checkpoint import size_of
+from utils.runs.description import read_training_config
+from utils.runs.metrics import METRICS, train_losses
 from utils.runs.start import Start
-from utils.training.optimizer import learning_rate
-from utils.training.sharding import sharding_group_size
+from utils.training.optimizer import learning_rate, run_tensors
+from utils.training.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from ft_datasets.loading import Data
@@ -73,7 +74,7 @@ def note_on_cards(
         return
     free = min(torch.cuda.mem_get_info(device)[0] for device in world.devices)
     available = min(free, config.gpu_memory_gb * 1e9) if config.gpu_memory_gb else free
-    least = estimate(config, Shape.of(folder.config), precision.compute.itemsize, "plain", MicroBatch(longest, 0))
+    least = estimate(config, Shape.of(folder.config), precision.compute.itemsize, "plain", StepPlan(longest, 0))
     if least.needed <= available:
         cards = len(world.devices)
         say(
@@ -89,10 +90,10 @@ def note_on_cards(
         )
 
 
-def _where_activations_go(micro_batch: MicroBatch, layers: int) -> str:
+def _where_activations_go(step_plan: StepPlan, layers: int) -> str:
     """Those that full rows do not keep on the card."""
-    others = layers - micro_batch.kept_layers
-    offloaded = micro_batch.offloads(others)
+    others = layers - step_plan.kept_layers
+    offloaded = step_plan.offloads(others)
     text = ""
     if others > offloaded:
         text += _(
@@ -123,7 +124,7 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
                 share=round(100 * shared / sum(map(len, data.training))),
             )
         )
-    if sum(e.response_length for e in data.training) < 0.01 * sum(map(len, data.training)):
+    if sum(e.label_count for e in data.training) < 0.01 * sum(map(len, data.training)):
         say(
             _(
                 "  Less than 1 % of the tokens carry loss: the answers are very short beside the questions. "
@@ -150,13 +151,13 @@ def before_first_step(trainer: "Trainer", data: "Data", say: Say) -> None:
             each=f"{schedule.global_batch_size / world.size:g}",
             processes=world.size,
             all=schedule.global_batch_size,
-            budget=trainer.micro_batch.token_budget,
+            budget=trainer.step_plan.token_budget,
             limit=_(", {count} examples at most", count=config.micro_batch_size) if config.micro_batch_size else "",
-            recompute=_where_activations_go(trainer.micro_batch, layers),
+            recompute=_where_activations_go(trainer.step_plan, layers),
         )
     )
     architecture = causal_lm(trainer.model).config.to_dict()
-    reason = why_not(config, architecture, world.device, trainer.precision.compute)
+    reason = why_plain(config, architecture, world.device, trainer.precision.compute)
     if reason and world.device.type == "cuda":
         say(_("The plain layers are used, not the fast ones: {reason}.", reason=reason))
     if config.enable_fsdp:
@@ -244,7 +245,7 @@ def after_last_step(trainer: "Trainer", output: Path, say: Say) -> None:
         )
     )
     if config.save_model:
-        say(_("Talk to it:  {command}", command=saving.chat_command(config)))
+        say(_("Talk to it:  {command}", command=chat_command(config)))
 
 
 def memory_line(trainer: "Trainer") -> str:
@@ -278,4 +279,4 @@ def model_card(trainer: "Trainer", output: Path) -> str:
         _("most memory"): f"{peak_memory_gb(trainer.world):.1f} GB" if trainer.world.device.type == "cuda" else "CPU",
         _("command"): f"`python {shlex.join(sys.argv)}`",
     }
-    return saving.model_card(config, facts)
+    return write_card(config, facts)

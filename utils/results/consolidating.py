@@ -14,10 +14,12 @@ from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.machine.world import World
 from utils.model.adapters import add_adapter, prepare_full
-from utils.model.decoder import empty_base_model
 from utils.model.folder import ModelFolder
-from utils.results.saving import UNFINISHED, describe_run, model_card, save_result
+from utils.model.weights import empty_base_model
+from utils.results.model_card import model_card
+from utils.results.saving import UNFINISHED, save_result
 from utils.runs.checkpoint import Checkpoint, load_tensors
+from utils.runs.description import describe_run
 
 
 def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> TrainingConfig:

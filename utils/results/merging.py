@@ -16,11 +16,12 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.quantization import Quantization
 from ft_datasets.prompt import PromptTemplate
-from utils.model.adapters import TRAINING_CONFIG
-from utils.model.folder import ADAPTER_CONFIG, ModelFolder, open_tensors
+from utils.model.folder import ADAPTER_CONFIG, ModelFolder
 from utils.model.quantization import rounded_weight
-from utils.results.saving import make_readable, write_model
-from utils.training.optimizer import round_stochastically
+from utils.model.rounding import round_stochastically
+from utils.model.tensor_files import open_tensors
+from utils.results.model_files import make_readable, write_model
+from utils.runs.description import TRAINING_CONFIG
 
 PREFIX = "base_model.model."
 SAMPLED_ROWS = 256

@@ -4,8 +4,6 @@ Everything here is a pure function of the seed, the step and the examples, so a 
 number of processes, without stored state.
 """
 
-import functools
-import hashlib
 import heapq
 import math
 from collections.abc import Iterable, Sequence
@@ -15,66 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ft_datasets.alpaca_dataset import Example
+from ft_datasets.examples import Example
+from utils.rows.schedule import Schedule
 from utils.rows.segments import ROW_MULTIPLE, Keys, Segments, bounds
-
-
-def seed_of(*parts: int) -> int:
-    """A seed for random numbers that depend on `parts` alone, such as (the run's seed, step)."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The run's arithmetic: examples, steps and epochs.
-
-    Attributes:
-        examples: how many there are to train on.
-        global_batch_size: examples an optimizer step, all processes together.
-    """
-
-    examples: int
-    global_batch_size: int
-    num_epochs: int
-    max_steps: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in a pass over the data; the last of a pass may have fewer examples."""
-        return -(-self.examples // self.global_batch_size)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        by_epochs = self.steps_per_epoch * self.num_epochs
-        return min(by_epochs, self.max_steps) if self.max_steps else by_epochs
-
-    def epoch_of(self, step: int) -> int:
-        """The pass, from 0, that a step (from 0) belongs to."""
-        return step // self.steps_per_epoch
-
-    def ends_epoch(self, step: int) -> bool:
-        """Whether a step (from 0) is the last of its pass."""
-        return (step + 1) % self.steps_per_epoch == 0
-
-    def indices(self, step: int) -> np.ndarray:
-        """Indices of the examples of a step (from 0), in the pass's seeded order."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = _order(self.examples, self.seed, epoch)
-        start = within * self.global_batch_size
-        return order[start : start + self.global_batch_size]
-
-    def largest_step(self, lengths: Sequence[int]) -> int:
-        """The most of a step, of the first 200, where example i counts lengths[i]."""
-        array = np.asarray(lengths)
-        return max(int(array[self.indices(step)].sum()) for step in range(min(self.total_steps, 200)))
-
-
-@functools.lru_cache(maxsize=2)
-def _order(examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The seeded order of a pass over the data; not to be written to."""
-    return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
 def share_out(
@@ -94,12 +35,12 @@ def share_out(
     Returns:
         Micro-batches as positions in `examples`, those of rank r at [r::world_size]; some may be empty.
     """
-    weights = [example.weight for example in examples]
+    weights = [example.load for example in examples]
     lightest, least_shared = min(weights), min(example.shared_length for example in examples)
     most = min(micro_batch_size or len(examples), max(1, (token_budget - least_shared) // lightest))
     # Two that would not fit beside an equal never share a micro-batch.
-    alone = sum(2 * example.weight + example.shared_length > token_budget for example in examples)
-    needed = max(-(-weight_of_a_row(examples) // token_budget), -(-len(weights) // most), alone, 1)
+    alone = sum(2 * example.load + example.shared_length > token_budget for example in examples)
+    needed = max(-(-load_of_a_row(examples) // token_budget), -(-len(weights) // most), alone, 1)
     count = -(-needed // world_size) * world_size
     order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
     while True:
@@ -124,7 +65,7 @@ def share_out(
 
 def heaviest_first(examples: Sequence[Example]) -> list[Example]:
     """The longest, then those that attention has the most keys and values of, beside what they count; the rest."""
-    keys_first = sorted(examples, key=lambda example: (len(example) / example.weight, len(example)), reverse=True)
+    keys_first = sorted(examples, key=lambda example: (len(example) / example.load, len(example)), reverse=True)
     return [max(examples, key=len), *keys_first]
 
 
@@ -145,7 +86,7 @@ def first_that_fit(examples: Iterable[Example], token_budget: int) -> list[Examp
 
 def _added(example: Example, present: set[bytes]) -> int:
     """What an example counts in a micro-batch where some prefixes are present."""
-    return example.weight + (0 if example.prefix in present else example.shared_length)
+    return example.load + (0 if example.prefix in present else example.shared_length)
 
 
 class StepTokens(NamedTuple):
@@ -164,16 +105,16 @@ class StepTokens(NamedTuple):
 
 def tokens_of_a_step(examples: Sequence[Example], schedule: Schedule, processes: int) -> StepTokens:
     """What each of the processes has of a step, by the weights of the examples."""
-    weights, shared = [example.weight for example in examples], shared_tokens(examples)
+    weights, shared = [example.load for example in examples], shared_tokens(examples)
     # Processes do not share a step out quite evenly.
     largest = math.ceil(1.02 * schedule.largest_step(weights) / processes)
     mean = min(math.ceil(sum(weights) / len(weights) * schedule.global_batch_size / processes), largest)
     return StepTokens(largest + shared, mean + shared, shared)
 
 
-def weight_of_a_row(examples: Sequence[Example]) -> int:
+def load_of_a_row(examples: Sequence[Example]) -> int:
     """What a row of these examples counts: no less than its tokens, nor than half of what its segments see."""
-    return shared_tokens(examples) + sum(example.weight for example in examples)
+    return shared_tokens(examples) + sum(example.load for example in examples)
 
 
 def shared_tokens(examples: Sequence[Example]) -> int:

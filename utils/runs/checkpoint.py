@@ -9,7 +9,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -19,15 +18,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from configs.errors import UserError
 from configs.messages import _
+from utils.files import flush, sha256
 from utils.machine.memory import pinned_for, wait_for
-from utils.machine.world import World, same_on_all
-from utils.training.optimizer import create_state
+from utils.machine.world import World, gathered_from_all
 
 COMPLETE = "complete.json"
 UNFINISHED = ".unfinished"
@@ -50,20 +48,6 @@ class Checkpoint:
     def step(self) -> int:
         """Optimizer steps that were done when it was written."""
         return self.state["step"]
-
-
-def run_tensors(
-    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None
-) -> dict[str, dict[str, Any]]:
-    """The tensors that make up a run's state, by parameter name; the optimizer's are created where it has none yet.
-
-    They, and the dictionaries of the optimizer, are the run's own, so that to load into them is to resume.
-    """
-    tensors: dict[str, dict[str, Any]] = {"weights": {name: p.detach() for name, p in parameters.items()}}
-    if optimizer is None:
-        return tensors
-    create_state(optimizer)
-    return tensors | {f"optimizer.{name}": optimizer.state[parameter] for name, parameter in parameters.items()}
 
 
 class Saver:
@@ -189,7 +173,7 @@ def save_checkpoint(
         if has_part:
             error = _failure_of(action)
         if together:
-            error = next(filter(None, same_on_all(error)), "")
+            error = next(filter(None, gathered_from_all(error)), "")
         if error:
             break
     if is_main:
@@ -228,7 +212,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for name, digest in hashes.items():
         file = path / name
         try:
-            is_right = _sha256(file) == digest
+            is_right = sha256(file) == digest
         except FileNotFoundError:
             raise UserError(_("The checkpoint {path} is not whole: {file} is missing.", path=path, file=name)) from None
         except OSError as error:
@@ -290,13 +274,13 @@ def _seal(staging: Path, final: Path, state: dict[str, Any]) -> None:
     """Flush and hash what was written, add the completion mark, and give it its name."""
     hashes = {}
     for file in sorted(staging.iterdir()):
-        _flush(file)
-        hashes[file.name] = _sha256(file)
+        flush(file)
+        hashes[file.name] = sha256(file)
     write_mark(staging, state, hashes)
-    _flush(staging)
+    flush(staging)
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def write_mark(folder: Path, state: dict[str, Any], hashes: dict[str, str]) -> None:
@@ -304,25 +288,11 @@ def write_mark(folder: Path, state: dict[str, Any], hashes: dict[str, str]) -> N
     mark = folder / COMPLETE
     content = {"state": state, "sha256": hashes, "sha256_of_this": _sha256_of(state, hashes)}
     mark.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _flush(mark)
+    flush(mark)
 
 
 def _sha256_of(state: dict[str, Any], hashes: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps([state, hashes], sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file's or folder's content has reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _root_cause(failure: BaseException) -> str:

@@ -1,38 +1,17 @@
 """The output folder of a run: held by one run at a time, where it goes on from, and what interruptions cost it."""
 
-import fcntl
-import os
-import socket
-import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
 from configs.messages import _
 from configs.training import TrainingConfig
-from utils.model.adapters import read_training_config
-from utils.rows.packing import Schedule
-from utils.runs.checkpoint import Checkpoint, newest_whole, numbered, read_checkpoint
+from utils.rows.schedule import Schedule
+from utils.runs.checkpoint import Checkpoint, newest_whole, read_checkpoint
+from utils.runs.description import read_training_config
+from utils.runs.folder import move_aside, set_newer_aside
 from utils.runs.metrics import read_metrics
-
-LOCK = ".lock"
-WAIT_FOR_LOCK_SECONDS = 15
-
-RUN_FILES = (
-    "adapter_*",
-    "training_config.json",
-    "metrics.jsonl",
-    "loss.png",
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors*",
-    "tokenizer*",
-    "special_tokens_map.json",
-)
-"""What a run writes into its output folder, beside checkpoints."""
 
 WITHOUT_EFFECT_ON_RESULT = frozenset(
     "model_name output_dir batch_size_training micro_batch_size num_epochs max_steps num_workers_dataloader "
@@ -76,48 +55,6 @@ class Start:
     notes: list[str]
 
 
-def hold_folder(folder: Path) -> None:
-    """Create a run's output folder where needed, and keep other runs out of it until this process ends.
-
-    Raises:
-        UserError: the folder can't be written, or another run holds it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(
-            _(
-                "The output folder {folder} can't be written ({error}). Give another one with --output_dir.",
-                folder=folder,
-                error=error.strerror,
-            )
-        ) from error
-    # The workers of a run that was just killed need a moment to notice it.
-    deadline = time.monotonic() + WAIT_FOR_LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                pid, host = [*os.pread(handle, 300, 0).decode(errors="replace").split(), "?", "?"][:2]
-                raise UserError(
-                    _(
-                        "Another run (process {pid} on {host}) is writing to {folder}. Wait until it ends, end it with "
-                        "`kill {pid}` there, or give another --output_dir.",
-                        pid=pid,
-                        host=host,
-                        folder=folder,
-                    )
-                ) from None
-            time.sleep(0.2)
-        except OSError:
-            break  # some network disks have no locks, and a run must be possible there as well
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
-
-
 def find_start(config: TrainingConfig, world_size: int, examples: int, fingerprints: dict[str, str]) -> Start:
     """Decide where the run begins, by --resume and what lies in its output folder.
 
@@ -157,7 +94,7 @@ def find_start(config: TrainingConfig, world_size: int, examples: int, fingerpri
     finished = False
     if checkpoint:
         notes += _check_same_run(checkpoint, identity, schedule, config.accept_changes)
-        notes += _set_newer_aside(config.checkpoints_dir, checkpoint)
+        notes += set_newer_aside(config.checkpoints_dir, checkpoint)
         described = read_training_config(Path(config.output_dir)) or {}
         finished = checkpoint.step >= schedule.total_steps and described.get("trained_steps") == checkpoint.step
     return Start(schedule, identity, checkpoint, finished, notes)
@@ -197,7 +134,7 @@ def _find_checkpoint(config: TrainingConfig) -> tuple[Checkpoint | None, list[st
             _("--output_dir {folder} is the base model's own folder. Give another one.", folder=config.output_dir)
         )
     if config.resume == "none":
-        _move_aside(folder, config.checkpoints_dir)
+        move_aside(folder, config.checkpoints_dir)
         return None, []
     if config.resume != "auto":
         if not Path(config.resume).is_dir():
@@ -219,41 +156,6 @@ def _find_checkpoint(config: TrainingConfig) -> tuple[Checkpoint | None, list[st
             )
         )
     return newest, notes
-
-
-def _move_aside(folder: Path, checkpoints: Path) -> None:
-    """Make room for a new run in the folders of an old one."""
-    _set_aside(folder, {item for pattern in RUN_FILES for item in folder.glob(pattern)})
-    _set_aside(checkpoints, set(checkpoints.glob("step-*")))
-
-
-def _set_newer_aside(checkpoints: Path, chosen: Checkpoint) -> list[str]:
-    """A run that goes on from an older checkpoint must not meet the newer ones (damaged, or not chosen) again.
-
-    Returns:
-        What to tell.
-    """
-    newer = {path for path in numbered(checkpoints) if int(path.name.removeprefix("step-")) > chosen.step}
-    _set_aside(checkpoints, newer)
-    names = ", ".join(sorted(path.name for path in newer))
-    return [_("Newer checkpoints are set aside in {folder}: {names}", folder=checkpoints, names=names)] if newer else []
-
-
-def _set_aside(place: Path, items: set[Path]) -> None:
-    """Move items of a folder into `old-DATE` within it; nothing is deleted.
-
-    Raises:
-        UserError: the folder can't be written.
-    """
-    aside = place / datetime.now().strftime("old-%Y%m%d-%H%M%S")
-    try:
-        for item in sorted(items):
-            aside.mkdir(exist_ok=True)
-            item.rename(aside / item.name)
-    except OSError as error:
-        raise UserError(
-            _("{folder}: the old run can't be moved aside ({error}).", folder=place, error=error)
-        ) from error
 
 
 def _check_same_run(checkpoint: Checkpoint, identity: dict[str, Any], schedule: Schedule, accept: bool) -> list[str]:

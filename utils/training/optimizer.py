@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import nn
 from configs.errors import UserError
 from configs.messages import _
 from configs.training import TrainingConfig
-from utils.rows.packing import Schedule, seed_of
+from utils.model.rounding import round_stochastically
+from utils.rows.schedule import Schedule, seed_of
 
 LAST_SHARE = 0.1
 """Where the cosine ends, as a share of the highest learning rate."""
@@ -28,22 +28,6 @@ def learning_rate(step: int, config: TrainingConfig, schedule: Schedule) -> floa
         return config.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, schedule.total_steps - warmup)
     return config.lr * (LAST_SHARE + (1 - LAST_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
-
-
-@dataclass(frozen=True)
-class BytesEach:
-    """Bytes that a trained parameter takes, by what holds them."""
-
-    weight: float
-    gradient: float
-    optimizer: float
-
-    @classmethod
-    def of(cls, config: TrainingConfig) -> "BytesEach":
-        """By --pure_bf16 and --optimizer."""
-        weight = 2.0 if config.pure_bf16 else 4.0
-        # Two moments: in fp32, or in 8 bits with an fp32 scale for every 256 numbers.
-        return cls(weight, weight, 8.0 if config.optimizer == "adamw" else 2 + 2 * 4 / 256)
 
 
 def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
@@ -149,18 +133,6 @@ class StochasticRounding(torch.optim.Optimizer):
             copy.untyped_storage().resize_(0)
 
 
-def round_stochastically(values: torch.Tensor, seed: int) -> torch.Tensor:
-    """fp32 -> bf16, up or down at random with odds that keep the mean.
-
-    bf16 is the upper half of an fp32's bits; adding a random number to the lower half carries into the upper one with
-    the probability that the lower half stands for.
-    """
-    generator = torch.Generator(values.device).manual_seed(seed)
-    bits = torch.randint(0, 2**16, values.shape, generator=generator, dtype=torch.int32, device=values.device)
-    bits.add_(values.view(torch.int32)).bitwise_and_(-(2**16))
-    return bits.view(torch.float32).to(torch.bfloat16)
-
-
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor that FSDP may have sharded; it shares the tensor's memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -201,34 +173,15 @@ def step_if_finite(
         optimizer.step()
 
 
-@dataclass
-class LossScale:
-    """Factor that keeps fp16 gradients from vanishing: halved when they overflow, doubled after a calm while.
+def run_tensors(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None
+) -> dict[str, dict[str, Any]]:
+    """The tensors that make up a run's state, by parameter name; the optimizer's are created where it has none yet.
 
-    The rule of Micikevicius et al. 2018, "Mixed Precision Training". For other dtypes it stays 1.
+    They, and the dictionaries of the optimizer, are the run's own, so that to load into them is to resume.
     """
-
-    value: float
-    growth_interval: int = 1000
-    good_steps: int = 0
-
-    @classmethod
-    def for_dtype(cls, dtype: torch.dtype) -> "LossScale":
-        """2^14 to begin with for fp16, otherwise none."""
-        return cls(2.0**14 if dtype == torch.float16 else 1.0)
-
-    @property
-    def is_used(self) -> bool:
-        """Whether an overflow can be met by a smaller scale."""
-        return self.value != 1.0
-
-    def update(self, overflowed: bool) -> None:
-        """Take note of one step."""
-        if not self.is_used:
-            return
-        if overflowed:
-            self.value, self.good_steps = max(2.0, self.value / 2), 0
-        else:
-            self.good_steps += 1
-            if self.good_steps == self.growth_interval:
-                self.value, self.good_steps = min(2.0**24, self.value * 2), 0
+    tensors: dict[str, dict[str, Any]] = {"weights": {name: p.detach() for name, p in parameters.items()}}
+    if optimizer is None:
+        return tensors
+    create_state(optimizer)
+    return tensors | {f"optimizer.{name}": optimizer.state[parameter] for name, parameter in parameters.items()}

@@ -3,13 +3,12 @@
 import torch
 from torch import nn
 
-from utils.machine.compiling import compile_layers
-from utils.model.activations import MicroBatch
 from utils.model.adapters import learnt_prefix
-from utils.model.decoder import causal_lm, forward_hidden
+from utils.model.decoder import causal_lm, compile_layers, forward_hidden
 from utils.model.fused_layers import FusedLayers
 from utils.rows.packing import PackedBatch
 from utils.training.loss import ChunkLoss, chunk_loss, labelled_cross_entropy
+from utils.training.step_plan import StepPlan
 
 
 class ResponseLoss(nn.Module):
@@ -20,7 +19,7 @@ class ResponseLoss(nn.Module):
         self.model, self.dtype, self.fused = model, dtype, fused
         self.chunk_loss: ChunkLoss = chunk_loss
         self.layers = len(causal_lm(model).model.layers)
-        self.micro_batch = MicroBatch(0, self.layers)
+        self.step_plan = StepPlan(0, self.layers)
 
     def forward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
         """`scale` times the sum of the cross-entropies of the batch's labelled tokens."""
@@ -35,7 +34,7 @@ class ResponseLoss(nn.Module):
                 batch.position_ids + (prefix.length if prefix else 0),
                 batch.segments,
                 past=prefix,
-                activations=self.micro_batch.activations(len(batch.input_ids), self.layers),
+                activations=self.step_plan.activations(len(batch.input_ids), self.layers),
                 run_layer=self.fused,
             )
         head = causal_lm(self.model).lm_head.weight

@@ -5,66 +5,29 @@ import functools
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from utils.machine.memory import give_back, give_back_host, wait_for
-from utils.machine.world import World, from_main, same_on_all
-from utils.model.activations import HostMemory, MicroBatch
+from utils.machine.memory import give_back_host
+from utils.machine.world import World, from_main
 from utils.rows.packing import StepTokens
+from utils.training.measuring import fits, measure, memory_limit, peak_of
+from utils.training.step_plan import (
+    CPU_TOKENS,
+    MIN_TOKENS,
+    HostMemory,
+    StepPlan,
+    relative_speed,
+    rows_of,
+    rows_together,
+    token_budgets,
+)
 
-CPU_TOKENS = 2048
-"""Tokens of a micro-batch on a CPU: enough to fill it, few enough to stay in its caches."""
-MIN_TOKENS, MAX_TOKENS = 1024, 65_536
-"""Tokens of a micro-batch on a GPU: smaller ones leave it idle, larger ones are not faster."""
-MEASURED_SECONDS = 1.0
-"""For so long an attempt is repeated; the fastest counts."""
 WON_BACK_WITHIN = 120.0
 """Seconds of training within which offloading must win back what it costs to pin the memory."""
 SAFE_SHARE = 0.9
 """Share of the memory that is planned for where it can't be tried."""
-
-
-def token_budgets(longest_example: int, largest_step: int, shared: int) -> list[int]:
-    """Sizes of a micro-batch to try: the largest step at once, in two, in three …, down to MIN_TOKENS or the longest.
-
-    Steps are shared out evenly, so sizes between would only waste memory.
-
-    Args:
-        shared: of the step's tokens, those that any of its rows may have.
-    """
-    own, least = largest_step - shared, max(longest_example, MIN_TOKENS)
-    fewest = max(1, math.ceil(own / (MAX_TOKENS - shared)))
-    parts = range(fewest, max(fewest, own // (least - shared)) + 1)
-    return [*dict.fromkeys(max(longest_example, math.ceil(own / part) + shared) for part in parts)]
-
-
-def rows_of(step: int, token_budget: int, shared: int) -> int:
-    """Rows that a step of so many tokens is cut into, where each may have `shared` of them."""
-    return math.ceil((step - shared) / (token_budget - shared))
-
-
-def cards_of(world: World) -> list[list[Any]]:
-    """Name and bytes of each of the process's cards; none on a CPU."""
-    if world.device.type == "cpu":
-        return []
-    cards = [torch.cuda.get_device_properties(device) for device in world.devices]
-    return [[card.name, card.total_memory] for card in cards]
-
-
-def rows_together(cards: int, rows: int) -> int:
-    """How many of a step's rows go forward one after another before the first goes backward.
-
-    Over several cards two for each, so that one card works on a row while the next works on the row before (the
-    schedule of GPipe, Huang et al. 2019). Cards work off what they are told without being waited for, so the order in
-    which rows are sent is all that it takes.
-    """
-    return min(2 * cards if cards > 1 else 1, rows)
 
 
 @dataclass(frozen=True)
@@ -85,11 +48,11 @@ class Search:
     longest_example: int
     step: StepTokens
     kept_counts: Sequence[int]
-    try_step: Callable[[MicroBatch, int, int], None]
+    try_step: Callable[[StepPlan, int, int], None]
     is_sharded: bool = False
     host: HostMemory | None = None
 
-    def best(self, kind: str) -> MicroBatch:
+    def best(self, kind: str) -> StepPlan:
         """What is fastest of all that fits on every process's card.
 
         Where an earlier run of the same kind has an answer that still fits, and about as much memory is free now, that
@@ -99,23 +62,23 @@ class Search:
             kind: a name for all that the answer depends on.
         """
         if self.world.device.type == "cpu":
-            return MicroBatch(max(self.longest_example, CPU_TOKENS), self.kept_counts[-1])
-        known, free = None, _memory_limit(self.world)
+            return StepPlan(max(self.longest_example, CPU_TOKENS), self.kept_counts[-1])
+        known, free = None, memory_limit(self.world)
         with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError):
             known = json.loads(_cache_file(kind).read_text())
         known = from_main(known)  # machines may have files of their own
         if known and 0.9 * free <= known["free"] <= 1.1 * free:
-            micro_batch = MicroBatch(*known["micro_batch"])
-            if self.is_sharded or (self.has_host_memory(micro_batch) and self._fits(micro_batch)):
-                return micro_batch
+            step_plan = StepPlan(*known["step_plan"])
+            if self.is_sharded or (self.has_host_memory(step_plan) and self._fits(step_plan)):
+                return step_plan
         found = self.by_extrapolation() if self.is_sharded else self.by_trying()
         with contextlib.suppress(OSError, RuntimeError):  # a home that can't be written to costs the next start seconds
             if self.world.is_main:
                 _cache_file(kind).parent.mkdir(parents=True, exist_ok=True)
-                _cache_file(kind).write_text(json.dumps({"micro_batch": found, "free": free}))
+                _cache_file(kind).write_text(json.dumps({"step_plan": found, "free": free}))
         return found
 
-    def by_trying(self) -> MicroBatch:
+    def by_trying(self) -> StepPlan:
         """The answer by measurement.
 
         Smaller micro-batches leave room for more layers that keep their activations, which saves computing them twice,
@@ -130,37 +93,37 @@ class Search:
         ]
         if cards > 1:
             tried.append((budgets[-1], 1))
-        best, best_speed = MicroBatch(budgets[-1], self.kept_counts[0]), 0.0
-        measured: list[tuple[MicroBatch, float]] = []
+        best, best_speed = StepPlan(budgets[-1], self.kept_counts[0]), 0.0
+        measured: list[tuple[StepPlan, float]] = []
         for budget, rows in tried:
-            kept = self._most_kept_layers(MicroBatch(budget, 0, rows=rows))
+            kept = self._most_kept_layers(StepPlan(budget, 0, rows=rows))
             if kept is None:
                 continue
-            micro_batch = MicroBatch(budget, kept, rows=rows)
+            step_plan = StepPlan(budget, kept, rows=rows)
             if kept == every_layer and not best_speed and cards == 1:
-                return micro_batch
-            speed = self._speed(micro_batch)
-            measured.append((micro_batch, speed))
+                return step_plan
+            speed = self._speed(step_plan)
+            measured.append((step_plan, speed))
             if best_speed and speed <= best_speed:
                 break
-            best, best_speed = micro_batch, speed
+            best, best_speed = step_plan, speed
             if kept == every_layer and cards == 1:
                 break
         if not best_speed:
             return best
-        for micro_batch, speed in [each for each in reversed(measured) if each[0].rows == best.rows]:
+        for step_plan, speed in [each for each in reversed(measured) if each[0].rows == best.rows]:
             give_back_host()  # another size needs other pieces
-            for candidate, promised in self._with_offloading(micro_batch, speed):
+            for candidate, promised in self._with_offloading(step_plan, speed):
                 won = (1 - best_speed / promised) * WON_BACK_WITHIN
                 if won <= self.host.pin_seconds * self._pinned_bytes(candidate) or not self._fits(candidate):
                     continue
                 if (offloading := self._speed(candidate)) > best_speed:
                     best, best_speed = candidate, offloading
-        if not best.offload_every or best.token_budget != micro_batch.token_budget:
+        if not best.offload_every or best.token_budget != step_plan.token_budget:
             give_back_host()  # what was pinned last is not what the run will use
         return best
 
-    def by_extrapolation(self) -> MicroBatch:
+    def by_extrapolation(self) -> StepPlan:
         """The answer from the memory that small micro-batches take, and by a rule of thumb for the speed."""
         kept_counts = self.kept_counts
         few, least, some = (
@@ -168,12 +131,12 @@ class Search:
             kept_counts[0],
             kept_counts[len(kept_counts) // 2],
         )
-        limit = SAFE_SHARE * _memory_limit(self.world)
-        self.try_step(MicroBatch(few, least), few, 1)  # from here on optimizer's state and workspaces are there
+        limit = SAFE_SHARE * memory_limit(self.world)
+        self.try_step(StepPlan(few, least), few, 1)  # from here on optimizer's state and workspaces are there
         fixed, growth = {}, {}
         for kept in (least, some):
             once, twice = (
-                _peak(self.world, functools.partial(self.try_step, MicroBatch(n, kept), n, 1)) for n in (few, 2 * few)
+                peak_of(self.world, functools.partial(self.try_step, StepPlan(n, kept), n, 1)) for n in (few, 2 * few)
             )
             growth[kept] = (twice - once) / few
             fixed[kept] = once - growth[kept] * few
@@ -184,29 +147,29 @@ class Search:
             return start + slope * tokens
 
         budgets = self._token_budgets(self.step.largest)
-        fitting = [MicroBatch(b, kept) for b in budgets for kept in kept_counts if estimate(b, kept) <= limit]
+        fitting = [StepPlan(b, kept) for b in budgets for kept in kept_counts if estimate(b, kept) <= limit]
         layers = max(1, kept_counts[-1])
         return max(
             fitting,
             key=lambda found: relative_speed(found.kept_layers / layers, found.token_budget),
-            default=MicroBatch(self.longest_example, kept_counts[0]),
+            default=StepPlan(self.longest_example, kept_counts[0]),
         )
 
-    def shrunk(self, micro_batch: MicroBatch) -> MicroBatch:
+    def shrunk(self, step_plan: StepPlan) -> StepPlan:
         """The same with the largest token budget, from its own down, that fits."""
-        for budget in self._token_budgets(micro_batch.token_budget):
-            if self._fits(smaller := micro_batch._replace(token_budget=budget)):
+        for budget in self._token_budgets(step_plan.token_budget):
+            if self._fits(smaller := step_plan._replace(token_budget=budget)):
                 return smaller
-        return micro_batch._replace(token_budget=self.longest_example)
+        return step_plan._replace(token_budget=self.longest_example)
 
     def _token_budgets(self, step: int) -> list[int]:
         return token_budgets(self.longest_example, step, self.step.shared)
 
-    def _most_kept_layers(self, micro_batch: MicroBatch) -> int | None:
+    def _most_kept_layers(self, step_plan: StepPlan) -> int | None:
         """The most of `kept_counts` that fits; None = not even the least does."""
 
         def fits_with(count: int) -> bool:
-            return self._fits(micro_batch._replace(kept_layers=count))
+            return self._fits(step_plan._replace(kept_layers=count))
 
         kept_counts = self.kept_counts
         if fits_with(kept_counts[-1]):
@@ -223,111 +186,57 @@ class Search:
         # Room for one layer stays: later steps have other lengths, and lose a little between blocks.
         return kept_counts[max(0, fits - 1)]
 
-    def _with_offloading(self, micro_batch: MicroBatch, speed: float) -> Iterator[tuple[MicroBatch, float]]:
+    def _with_offloading(self, step_plan: StepPlan, speed: float) -> Iterator[tuple[StepPlan, float]]:
         """This one, of so many tokens/s, with activations in host memory; and its tokens/s if copies cost nothing."""
         every_layer = self.kept_counts[-1]
-        if not self.host or micro_batch.kept_layers == every_layer or not speed:
+        if not self.host or step_plan.kept_layers == every_layer or not speed:
             return
         # The copy of a layer's takes as long as the forward passes of `pace` layers. A step is a forward pass of all
         # layers, another of those that recompute, and over frozen weights a backward pass costs about the same. Several
         # cards share the layers, and each has its own way to the host.
-        layer_passes = 3 * every_layer - micro_batch.kept_layers
+        layer_passes = 3 * every_layer - step_plan.kept_layers
         pace = self.host.seconds * speed * layer_passes / len(self.world.devices)
         if not math.isfinite(pace):
             return
         # The activations of one offloaded layer are still on the card when the others begin to keep theirs.
-        kept = max(self.kept_counts[0], micro_batch.kept_layers - 1)
+        kept = max(self.kept_counts[0], step_plan.kept_layers - 1)
         # With less room than that takes, fewer layers are offloaded.
         others = every_layer - kept
-        affordable = math.floor(min(others, self.host.room / (micro_batch.rows * self._host_bytes(micro_batch))))
+        affordable = math.floor(min(others, self.host.room / (step_plan.rows * self._host_bytes(step_plan))))
         least = math.ceil(others / max(1, affordable))
         for every in sorted({max(1, least, round(pace)), max(least, math.ceil(pace))}):
-            candidate = micro_batch._replace(kept_layers=kept, offload_every=every)
+            candidate = step_plan._replace(kept_layers=kept, offload_every=every)
             promised = speed * layer_passes / (3 * every_layer - kept - candidate.offloads(others))
             if self.has_host_memory(candidate):
                 yield candidate, promised
 
-    def has_host_memory(self, micro_batch: MicroBatch) -> bool:
+    def has_host_memory(self, step_plan: StepPlan) -> bool:
         """Whether what its layers offload finds room there."""
-        return self._pinned_bytes(micro_batch) <= (self.host.room if self.host else 0)
+        return self._pinned_bytes(step_plan) <= (self.host.room if self.host else 0)
 
-    def _pinned_bytes(self, micro_batch: MicroBatch) -> int:
+    def _pinned_bytes(self, step_plan: StepPlan) -> int:
         """What its layers take in host memory."""
-        offloaded = micro_batch.offloads(self.kept_counts[-1] - micro_batch.kept_layers)
-        return micro_batch.rows * offloaded * self._host_bytes(micro_batch)
+        offloaded = step_plan.offloads(self.kept_counts[-1] - step_plan.kept_layers)
+        return step_plan.rows * offloaded * self._host_bytes(step_plan)
 
-    def _host_bytes(self, micro_batch: MicroBatch) -> int:
+    def _host_bytes(self, step_plan: StepPlan) -> int:
         """What one layer of a full row takes in host memory."""
-        return self.host.bytes_of(micro_batch.token_budget) if self.host else 0
+        return self.host.bytes_of(step_plan.token_budget) if self.host else 0
 
-    def _fits(self, micro_batch: MicroBatch) -> bool:
+    def _fits(self, step_plan: StepPlan) -> bool:
         """Whether full rows find room."""
-        attempt = functools.partial(self.try_step, micro_batch, micro_batch.token_budget, micro_batch.rows)
+        attempt = functools.partial(self.try_step, step_plan, step_plan.token_budget, step_plan.rows)
         return fits(self.world, attempt)
 
-    def _speed(self, micro_batch: MicroBatch) -> float:
+    def _speed(self, step_plan: StepPlan) -> float:
         """Tokens/s of a usual step's rows, the shared ones not counted; 0 = out of memory."""
         _largest, mean, shared = self.step
-        rows = rows_of(mean, micro_batch.token_budget, shared)
+        rows = rows_of(mean, step_plan.token_budget, shared)
         tokens = max(self.longest_example, math.ceil((mean - shared) / rows) + shared)
-        together = min(rows, micro_batch.rows)
-        seconds = measure(self.world, functools.partial(self.try_step, micro_batch, tokens, together))
+        together = min(rows, step_plan.rows)
+        seconds = measure(self.world, functools.partial(self.try_step, step_plan, tokens, together))
         return (tokens - shared) * together / seconds if seconds else 0.0
 
 
 def _cache_file(kind: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-chinese" / f"{kind}.json"
-
-
-def relative_speed(kept_share: float, tokens: int) -> float:
-    """Speed of a micro-batch: recomputing costs half a pass again, and small products fill a card badly."""
-    return tokens / (tokens + 300) / (1 + (1 - kept_share) / 2)
-
-
-def _peak(world: World, attempt: Callable[[], None]) -> float:
-    """The most bytes that `attempt` takes of any process's card."""
-    for device in world.devices:
-        torch.cuda.reset_peak_memory_stats(device)
-    attempt()
-    peak = max(torch.cuda.max_memory_allocated(device) for device in world.devices)
-    return max(float(answer) for answer in same_on_all(str(peak)))
-
-
-def _memory_limit(world: World) -> float:
-    """Bytes that every process may take of its card: no more than its limit, and what is free."""
-    limits = []
-    for device in world.devices:
-        free, total = torch.cuda.mem_get_info(device)
-        own = free + torch.cuda.memory_reserved(device)
-        limits.append(min(own, torch.cuda.get_per_process_memory_fraction(device) * total))
-    return min(float(answer) for answer in same_on_all(str(min(limits))))
-
-
-def fits(world: World, attempt: Callable[[], None]) -> bool:
-    """Whether the memory of every process's cards suffices for `attempt`."""
-    return measure(world, attempt, repeat_for=0.0) is not None
-
-
-def measure(world: World, attempt: Callable[[], None], repeat_for: float = MEASURED_SECONDS) -> float | None:
-    """Seconds that `attempt` takes on the slowest process, at best; None = out of memory on one of them.
-
-    Args:
-        repeat_for: seconds for which it is repeated after the first time, which compiles and finds the fastest kernels.
-    """
-
-    def once() -> float:
-        start = time.perf_counter()
-        attempt()
-        wait_for(world.devices)
-        return time.perf_counter() - start
-
-    try:
-        seconds = once()
-        until = time.perf_counter() + repeat_for
-        while time.perf_counter() < until:
-            seconds = min(seconds, once())
-    except torch.cuda.OutOfMemoryError:
-        seconds = math.inf
-    give_back(world.devices)
-    slowest = max(float(answer) for answer in same_on_all(str(seconds)))
-    return None if math.isinf(slowest) else slowest

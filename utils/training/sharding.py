@@ -1,44 +1,19 @@
 """Weights shared out among processes, and gathered again: torch's FSDP2 (`fully_shard`; Zhao et al. 2023)."""
 
 import functools
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from configs.errors import UserError
 from configs.fsdp import FsdpConfig
-from configs.messages import _
-from utils.machine.world import World
+from utils.machine.world import World, sharding_group_size
 from utils.model.decoder import causal_lm
 from utils.model.quantization import QuantizedLinear
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-
-def sharding_group_size(config: FsdpConfig, world_size: int) -> int:
-    """Among how many processes one model is shared out.
-
-    Raises:
-        UserError: hybrid sharding is asked for, and the processes can't be divided into groups of this size.
-    """
-    if config.sharding_strategy != "HYBRID_SHARD":
-        return world_size
-    size = config.sharding_group_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if not 1 < size < world_size or world_size % size:
-        raise UserError(
-            _(
-                "--fsdp_config.sharding_strategy HYBRID_SHARD divides the processes into at least two groups of at "
-                "least two: {world} processes can't make groups of {size}. Give another "
-                "--fsdp_config.sharding_group_size, or take FULL_SHARD, which makes one group of all.",
-                world=world_size,
-                size=size,
-            )
-        )
-    return size
 
 
 def shard(loss_module: nn.Module, config: FsdpConfig, world: World, gathered: torch.dtype | None) -> None:

@@ -6,10 +6,10 @@ from configs.training import TrainingConfig
 from utils.machine.precision import Precision
 from utils.machine.world import World
 from utils.model.adapters import add_adapter, prepare_full
-from utils.model.decoder import empty_base_model, load_weights
 from utils.model.folder import ModelFolder
-from utils.model.fused_layers import FusedLayers, why_not
+from utils.model.fused_layers import FusedLayers, why_plain
 from utils.model.lora_forward import add_before_rounding
+from utils.model.weights import empty_base_model, load_weights
 from utils.training.response_loss import ResponseLoss
 from utils.training.sharding import shard
 
@@ -27,7 +27,7 @@ def load_trainable(config: TrainingConfig, world: World, folder: ModelFolder, pr
     if not config.enable_fsdp:
         load_weights(model, folder, world.devices)
     model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)
-    is_plain = why_not(config, folder.config, world.device, precision.compute)
+    is_plain = why_plain(config, folder.config, world.device, precision.compute)
     if is_plain and precision.compute != torch.float32:
         add_before_rounding(model)
     module = ResponseLoss(model, precision.compute, None if is_plain else FusedLayers(model, precision.compute))

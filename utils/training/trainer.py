@@ -12,26 +12,29 @@ import torch
 from configs.errors import Interrupted, UserError, out_of_memory
 from configs.messages import _
 from configs.training import TrainingConfig
-from ft_datasets.alpaca_dataset import Example
+from ft_datasets.examples import Example
 from ft_datasets.loading import Data
 from utils.machine.compiling import should_compile
 from utils.machine.memory import give_back, peak_memory_gb
 from utils.machine.precision import Precision
 from utils.machine.world import World, barrier, sum_across, sum_gradients, total_across
-from utils.model.activations import MicroBatch
 from utils.model.adapters import trainable_parameters
 from utils.model.decoder import causal_lm
-from utils.rows.packing import PackedBatch, heaviest_first, pack, seed_of, share_out, tokens_of_a_step
+from utils.rows.packing import PackedBatch, heaviest_first, pack, share_out, tokens_of_a_step
+from utils.rows.schedule import seed_of
 from utils.runs import checkpoint as checkpoints
 from utils.runs.checkpoint import Checkpoint
-from utils.runs.metrics import Metrics, Progress
+from utils.runs.metrics import Metrics
+from utils.runs.progress import Progress
 from utils.runs.start import Start
 from utils.training.interruptions import Interruptions
+from utils.training.loss_scale import LossScale
 from utils.training.loss_watch import LossWatch
-from utils.training.optimizer import LossScale, gradient_norm, learning_rate, make_optimizer, step_if_finite
+from utils.training.optimizer import gradient_norm, learning_rate, make_optimizer, run_tensors, step_if_finite
 from utils.training.response_loss import ResponseLoss
 from utils.training.search import Search
 from utils.training.sharding import is_sharded, recover
+from utils.training.step_plan import StepPlan
 from utils.training.trials import Trials
 
 MAX_FAILED_STEPS = 10
@@ -76,8 +79,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.parameters.values(), config)
         self.loss_scale = LossScale.for_dtype(precision.compute)
         self.earlier_micro_batch: tuple[Any, ...] = ("",)
-        """Of the run that this one goes on from: its kind, and what MicroBatch holds."""
-        self._prepared: dict[tuple[int, MicroBatch], tuple[list[Example], list[tuple[PackedBatch, bool]]]] = {}
+        """Of the run that this one goes on from: its kind, and what StepPlan holds."""
+        self._prepared: dict[tuple[int, StepPlan], tuple[list[Example], list[tuple[PackedBatch, bool]]]] = {}
         self.done = 0
         self.failed_in_a_row = 0
         self.watch = LossWatch()
@@ -93,7 +96,7 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Put the run's state as the checkpoint has it."""
         state = checkpoint.state
-        tensors = checkpoints.run_tensors(self.parameters, self.optimizer)
+        tensors = run_tensors(self.parameters, self.optimizer)
         checkpoints.load_tensors(checkpoint, tensors, self.world)
         loss_scale = LossScale(**state["loss_scale"])
         if loss_scale.is_used == self.loss_scale.is_used:  # another card may compute in another type
@@ -143,28 +146,28 @@ class Trainer:
             trials.host_memory(),
         )
         kind, *earlier = self.earlier_micro_batch
-        is_known = kind == self.kind and search.has_host_memory(MicroBatch(*earlier))
-        self.micro_batch = MicroBatch(*earlier) if is_known else search.best(self.kind)
+        is_known = kind == self.kind and search.has_host_memory(StepPlan(*earlier))
+        self.step_plan = StepPlan(*earlier) if is_known else search.best(self.kind)
         if self.compiles and not fused:
             self.loss_module.compile()
             if not search.is_sharded:
-                self.micro_batch = search.shrunk(self.micro_batch)
+                self.step_plan = search.shrunk(self.step_plan)
 
     @property
-    def micro_batch(self) -> MicroBatch:
+    def step_plan(self) -> StepPlan:
         """How steps are cut."""
-        return self.loss_module.micro_batch
+        return self.loss_module.step_plan
 
-    @micro_batch.setter
-    def micro_batch(self, micro_batch: MicroBatch) -> None:
-        self.loss_module.micro_batch = micro_batch
+    @step_plan.setter
+    def step_plan(self, step_plan: StepPlan) -> None:
+        self.loss_module.step_plan = step_plan
 
     def check_disk_space(self) -> None:
         """Refuse a run whose checkpoints and result would fill the disk; see Saver."""
         self.saver.check_disk_space(self._state_tensors())
 
     def _state_tensors(self) -> dict[str, dict[str, Any]]:
-        return checkpoints.run_tensors(self.parameters, self.optimizer if self.config.save_optimizer else None)
+        return run_tensors(self.parameters, self.optimizer if self.config.save_optimizer else None)
 
     def run(self, metrics: Metrics) -> None:
         """Train from `self.done` to the schedule's end, with evaluations and checkpoints on the way.
@@ -245,21 +248,21 @@ class Trainer:
             recover(self.loss_module)
             self.optimizer.zero_grad(set_to_none=True)
             give_back(self.world.devices)
-            budget, rows = self.micro_batch.token_budget, self.micro_batch.rows
+            budget, rows = self.step_plan.token_budget, self.step_plan.rows
             if self.world.size > 1 or (rows == 1 and budget <= self.longest):
                 raise UserError(out_of_memory())
             if rows > 1:
-                self.micro_batch = self.micro_batch._replace(rows=rows // 2)
+                self.step_plan = self.step_plan._replace(rows=rows // 2)
             else:
-                self.micro_batch = self.micro_batch._replace(token_budget=max(self.longest, budget * 3 // 4))
+                self.step_plan = self.step_plan._replace(token_budget=max(self.longest, budget * 3 // 4))
 
     def _gradients(self, step: int) -> tuple[list[Example], torch.Tensor]:
         """A step's examples and this process's part of its loss, times the loss scale; leaves gradients behind."""
-        examples, batches = self._prepared.pop((step, self.micro_batch), None) or self._prepare(step)
-        labels = sum(example.response_length for example in examples)
+        examples, batches = self._prepared.pop((step, self.step_plan), None) or self._prepare(step)
+        labels = sum(example.label_count for example in examples)
         scale = self.loss_scale.value / labels
         loss = torch.zeros((), dtype=torch.float64, device=self.world.devices[-1])
-        together = self.micro_batch.rows
+        together = self.step_plan.rows
         for start in range(0, len(batches), together):
             values = []
             for number, (batch, counts) in enumerate(batches[start : start + together], start):
@@ -274,7 +277,7 @@ class Trainer:
     def _step(self, step: int, rate: float) -> StepResult:
         examples, loss = self._gradients_that_fit(step)
         if step + 1 < self.schedule.total_steps:  # while the card is busy with this step
-            self._prepared = {(step + 1, self.micro_batch): self._prepare(step + 1)}
+            self._prepared = {(step + 1, self.step_plan): self._prepare(step + 1)}
         if not is_sharded(self.loss_module):
             sum_gradients(list(self.parameters.values()))
         loss, norm = total_across(loss), gradient_norm(self.parameters.values()).to(loss) / self.loss_scale.value
@@ -296,7 +299,7 @@ class Trainer:
         A process without examples goes along with one that counts nothing (False): gradients are shared by all.
         """
         examples = [self.training[i] for i in self.schedule.indices(step)]
-        batches = share_out(examples, self.micro_batch.token_budget, self.world.size, self.config.micro_batch_size)
+        batches = share_out(examples, self.step_plan.token_budget, self.world.size, self.config.micro_batch_size)
         return examples, [
             (self._pack([examples[i] for i in chosen or [0]]), bool(chosen))
             for chosen in batches[self.world.rank :: self.world.size]
@@ -309,14 +312,14 @@ class Trainer:
     def evaluate(self) -> float:
         """The mean loss of a response token over the held-out examples."""
         self.loss_module.eval()
-        batches = share_out(self.held_out, self.micro_batch.token_budget, self.world.size, self.config.val_batch_size)
+        batches = share_out(self.held_out, self.step_plan.token_budget, self.world.size, self.config.val_batch_size)
         total = 0.0
         for chosen in batches[self.world.rank :: self.world.size]:
             batch = self._pack([self.held_out[i] for i in chosen or [0]])
             total += self.loss_module(batch, 1.0 if chosen else 0.0).item()
         self.loss_module.train()
         (total,) = sum_across([total], self.world.device)
-        return total / sum(example.response_length for example in self.held_out)
+        return total / sum(example.label_count for example in self.held_out)
 
     def _guard(self, result: StepResult, progress: Progress) -> None:
         """Take note of steps without a usable gradient; give up when they do not end."""
@@ -360,7 +363,7 @@ class Trainer:
             "batch_size_training": self.config.batch_size_training,
             "has_optimizer": self.config.save_optimizer,
             "loss_scale": asdict(self.loss_scale),
-            "micro_batch": [self.kind, *self.micro_batch],
+            "micro_batch": [self.kind, *self.step_plan],
             "last_eval_loss": self.last_eval_loss,
         }
         step, folder = self.done, self.config.checkpoints_dir

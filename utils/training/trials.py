@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from configs.training import TrainingConfig
-from ft_datasets.alpaca_dataset import Example
+from ft_datasets.examples import Example
 from utils.machine.memory import free_main_memory, give_back_host
-from utils.machine.world import World, same_on_all
-from utils.model.activations import HostMemory, MicroBatch, host_seconds
+from utils.machine.world import World, gathered_from_all
 from utils.model.decoder import causal_lm
 from utils.rows.packing import PackedBatch, StepTokens, first_that_fit
+from utils.training.measuring import cards_of
 from utils.training.optimizer import create_state
 from utils.training.response_loss import ResponseLoss
-from utils.training.search import cards_of
 from utils.training.sharding import is_sharded, recover
+from utils.training.step_plan import HostMemory, StepPlan, host_seconds
 
 KIND = (
     "use_peft peft_method quantization optimizer pure_bf16 freeze_layers num_freeze_layers micro_batch_size "
@@ -57,7 +57,7 @@ class Trials:
         """
         settings = self.config.flat()
         chosen = {name for name in settings if name in KIND.split() or "_config." in name}
-        limits = same_on_all(json.dumps([cards_of(self.world), self.config.gpu_memory_gb]))
+        limits = gathered_from_all(json.dumps([cards_of(self.world), self.config.gpu_memory_gb]))
         kind = {name: settings[name] for name in chosen} | {
             "torch": torch.__version__,
             "cards": limits,
@@ -78,14 +78,14 @@ class Trials:
         copying, pinning = host_seconds(self.world.device)
         give_back_host()
         own = free_main_memory() / 4 / self.world.size, copying * sum(fused.kept_bytes), pinning
-        rooms, seconds, pin_seconds = zip(*map(json.loads, same_on_all(json.dumps(own))), strict=True)
+        rooms, seconds, pin_seconds = zip(*map(json.loads, gathered_from_all(json.dumps(own))), strict=True)
 
         def bytes_of(tokens: int) -> int:
             return sum(2 ** math.ceil(math.log2(tokens * each)) for each in fused.kept_bytes)  # torch rounds them up
 
         return HostMemory(min(rooms), bytes_of, max(seconds), max(pin_seconds))
 
-    def attempt(self, micro_batch: MicroBatch, tokens: int, rows: int) -> None:
+    def attempt(self, step_plan: StepPlan, tokens: int, rows: int) -> None:
         """Let rows of the heaviest examples go forward and backward together, and take nothing from it.
 
         No row of the run has longer ones, more keys or more labels.
@@ -97,7 +97,7 @@ class Trials:
         Raises:
             OutOfMemoryError: a card has too little memory.
         """
-        self.loss_module.micro_batch = micro_batch
+        self.loss_module.step_plan = step_plan
         own, own_of_step = tokens - self.step.shared, self.step.largest - self.step.shared
         if own * rows < own_of_step:  # from the second group of rows on, gradients lie beside
             for parameter in self.parameters:

@@ -1,0 +1,48 @@
+"""Settings of merging and converting."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from configs.messages import _
+from configs.quantization import QUANTIZATION_FLAG, Quantization
+from configs.serving import DEFAULT_ADAPTER, DEFAULT_BASE_MODEL
+
+
+@dataclass
+class MergeConfig:
+    """Merge a LoRA adapter into its base model: a folder that vLLM, TGI and transformers load as it is."""
+
+    base_model: str = DEFAULT_BASE_MODEL
+    """Folder of the base model."""
+    peft_model: str = DEFAULT_ADAPTER
+    """Folder of the adapter."""
+    output_dir: str = "output/merged_model_output"
+    """Folder for the merged model; it must not exist yet, or be empty."""
+    shard_gb: float = 4.0
+    """Largest weight file, in GB."""
+    quantization: Quantization | None = field(default=None, metadata=QUANTIZATION_FLAG)
+    """Merge into the weights as this quantization rounds them, that is, into exactly what the adapter was trained over.
+    Without it, into the original weights."""
+
+    def problems(self) -> Iterator[str]:
+        """What is out of range."""
+        if self.shard_gb <= 0:
+            yield _("--shard_gb {value}: must be above 0", value=self.shard_gb)
+
+
+@dataclass
+class ConverterConfig:
+    """Turn a run's checkpoint, sharded or not, into a Hugging Face model (full fine-tuning) or a LoRA adapter."""
+
+    fsdp_checkpoint_path: str = ""
+    """Folder of the checkpoint: output_dir/checkpoints/step-N of the run."""
+    consolidated_model_path: str = ""
+    """Folder for the result; it must not exist yet, or be empty."""
+    HF_model_path_or_name: str = ""
+    """Folder of the base model; empty = where the run had it."""
+
+    def problems(self) -> Iterator[str]:
+        """What is missing."""
+        for name in ("fsdp_checkpoint_path", "consolidated_model_path"):
+            if not getattr(self, name):
+                yield _("--{name} needs a value", name=name)

@@ -1,0 +1,109 @@
+"""An adapter's folder: is it whole, does it belong to this base model, and how it is put over it again."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from configs.errors import UserError
+from configs.messages import _
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
+from utils.model.folder import ADAPTER_CONFIG, ModelFolder
+from utils.model.tensor_files import is_whole
+from utils.runs.description import read_training_config
+
+
+def load_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Put a saved adapter over a base model, for inference, in `dtype`.
+
+    Raises:
+        UserError: the folder holds no adapter, or one for a model of another shape.
+    """
+    import peft
+
+    check_adapter_folder(folder)
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    except (RuntimeError, ValueError, OSError, KeyError) as error:  # PEFT's own words for shapes that differ
+        raise UserError(
+            _(
+                "The adapter in {folder} does not fit this base model:\n  {error}\nGive the base model that it was "
+                "trained on.",
+                folder=folder,
+                error="\n  ".join(line.strip() for line in str(error).strip().split("\n")[:2]),
+            )
+        ) from error
+    for parameter in adapted.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+    return adapted.eval()
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Refuse a folder that holds no adapter, or half of one, saying what it holds instead."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        broken = [ADAPTER_CONFIG] if not _is_json_object(folder / ADAPTER_CONFIG) else []
+        files = (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
+        broken += [file.name for file in files if file.is_file() and not is_whole(file)]
+        if broken:
+            raise UserError(
+                _(
+                    "The adapter in {folder} is not whole: {files} cut short or damaged. Copy it again.",
+                    folder=folder,
+                    files=", ".join(broken),
+                )
+            )
+        return
+    if (folder / "config.json").is_file():
+        raise UserError(
+            _(
+                "{folder} holds a whole model, not an adapter. Use it as the base: --base_model {folder} "
+                "--lora_weights ''",
+                folder=folder,
+            )
+        )
+    raise UserError(
+        _(
+            "There is no adapter in {folder} (no {file}). Train one with llama_finetuning.py --output_dir {folder}, "
+            "give the folder that holds it, or --lora_weights '' for the base model alone.",
+            folder=folder,
+            file=ADAPTER_CONFIG,
+        )
+    )
+
+
+def _is_json_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
+
+
+def template_of(adapter_folder: Path, base: ModelFolder, tokenizer: Tokenizer) -> PromptTemplate:
+    """The template that an adapter was trained with, once it is clear that base model and tokenizer are its own.
+
+    Raises:
+        UserError: another base model or another tokenizer.
+    """
+    described = read_training_config(adapter_folder)
+    if described is None:
+        return PromptTemplate()
+    trained_on = described["settings"]["model_name"]
+    if described["tokenizer_fingerprint"] != tokenizer.fingerprint:
+        what = _("another tokenizer")
+    elif described["base_model_fingerprint"] != base.fingerprint():
+        what = _("another base model")
+    else:
+        return PromptTemplate(**described["prompt_template"])
+    raise UserError(
+        _(
+            "The adapter in {adapter} was trained over {what}, not over {base}: it was trained over {trained_on}. "
+            "Give that model with --base_model.",
+            adapter=adapter_folder,
+            what=what,
+            base=base.path,
+            trained_on=trained_on,
+        )
+    )

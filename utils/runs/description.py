@@ -1,0 +1,68 @@
+"""training_config.json: what made an adapter or a model, and all that its user must do alike."""
+
+import json
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.messages import _
+from configs.training import TrainingConfig
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
+from utils.files import write_json
+
+TRAINING_CONFIG = "training_config.json"
+
+DESCRIBED = ("settings", "prompt_template", "bos_ids", "eos_id", "tokenizer_fingerprint", "base_model_fingerprint")
+"""What a training_config.json must hold for an adapter to be used."""
+
+
+def read_training_config(folder: Path) -> dict[str, Any] | None:
+    """A folder's training_config.json; None for adapters and models made elsewhere.
+
+    Raises:
+        UserError: the file is there and broken.
+    """
+    path = folder / TRAINING_CONFIG
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if lacking := [key for key in DESCRIBED if key not in described]:
+            raise ValueError(_("it lacks {keys}", keys=", ".join(lacking)))
+        return described
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(_("{file} can't be read ({error}).", file=path, error=error)) from error
+
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "sentencepiece", "tokenizers", "safetensors")
+
+
+def describe_run(
+    config: TrainingConfig, tokenizer: Tokenizer, template: PromptTemplate, base_fingerprint: str
+) -> dict[str, Any]:
+    """What training_config.json holds: every resolved setting and all that the adapter's user must do alike."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "settings": asdict(config),
+        "prompt_template": template.to_dict(),
+        "bos_ids": tokenizer.bos_ids,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "base_model_fingerprint": base_fingerprint,
+        "versions": versions,
+    }
+
+
+def write_training_config(folder: Path, description: dict[str, Any]) -> None:
+    """Write training_config.json at a run's start; it is whole at any instant."""
+    staging = folder / (TRAINING_CONFIG + ".new")
+    write_json(staging, description)
+    staging.replace(folder / TRAINING_CONFIG)
