@@ -17,13 +17,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
 
-import collections
-import contextlib
-import json
 import os
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from configs.command_line import parse
 from configs.errors import UserError, run_main
@@ -35,13 +29,6 @@ from ft_datasets.tokenizer import Tokenizer
 from utils.model.folder import ModelFolder
 from utils.quiet import quiet_libraries
 
-if TYPE_CHECKING:
-    from utils.machine.world import World
-
-
-MAY_DIFFER = ("model_name", "alpaca_dataset.data_path", "num_workers_dataloader", "gpu_memory_gb")
-"""Settings that may be different ones for each process of a run: what is read must be equal, wherever it lies."""
-
 
 def main(argv: list[str]) -> None:
     """Check the settings and the base model, then preview, plan or train."""
@@ -52,12 +39,15 @@ def main(argv: list[str]) -> None:
     folder.check_frozen_layers(config.num_freeze_layers if config.freeze_layers else 0)
     quiet_libraries()
     if config.preview:
-        preview(config, tokenizer, template)
+        from utils.reports.preview import preview
+
+        preview(load_data(config, tokenizer, template, report=lambda _message: None).training[: config.preview])
     elif config.plan:
         from utils.reports.plan import print_plan
 
         print_plan(config, folder, load_data(config, tokenizer, template, report=print))
     else:
+        from utils.finetune import fine_tune
         from utils.machine.launch import joined_world
 
         if config.enable_fsdp and "RANK" not in os.environ:
@@ -66,100 +56,6 @@ def main(argv: list[str]) -> None:
             )
         with joined_world(config.one_gpu) as world:
             fine_tune(config, world, folder, tokenizer, template)
-
-
-def fine_tune(
-    config: TrainingConfig, world: "World", folder: ModelFolder, tokenizer: Tokenizer, template: PromptTemplate
-) -> None:
-    """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
-    from utils.machine.compiling import check_compiler
-    from utils.machine.launch import was_restarted
-    from utils.machine.memory import forget_peak, limit_memory
-    from utils.machine.precision import choose_precision
-    from utils.machine.world import check_ranks_agree, check_shared, decide_on_main, sharding_group_size
-    from utils.model.fused_layers import why_plain
-    from utils.planning.fits import check_memory
-    from utils.reports import run as report
-    from utils.reports.loss_picture import draw_losses
-    from utils.results.saving import save_result
-    from utils.runs.description import describe_run, write_training_config
-    from utils.runs.folder import hold_folder
-    from utils.runs.metrics import Metrics
-    from utils.runs.start import find_start, repeated_steps
-    from utils.training.optimizer import check_optimizer
-    from utils.training.sharding import whole_tensors
-    from utils.training.trainable import load_trainable
-    from utils.training.trainer import Trainer
-
-    settings = {name: value for name, value in config.flat().items() if name not in MAY_DIFFER}
-    if config.enable_fsdp:  # the default depends on the machine
-        settings["fsdp_config.sharding_group_size"] = sharding_group_size(config.fsdp_config, world.size)
-    check_ranks_agree(settings)
-    say = report.speaker(world)
-    output = Path(config.output_dir)
-    decide_on_main(world, lambda: hold_folder(output))
-    for folder_of_all in (output, config.checkpoints_dir):
-        check_shared(world, folder_of_all)
-    if was_restarted(world):
-        config.resume = "auto"  # --resume was about the first start
-    say(_("Reading {file} …", file=config.alpaca_dataset.data_path))
-    data = load_data(config, tokenizer, template, say)
-    folder.check_length(data.longest)
-    fingerprints = {
-        "data": data.fingerprint(),
-        "base_model": folder.fingerprint(),
-        "tokenizer": tokenizer.fingerprint,
-        "prompt_template": repr(template),
-    }
-    check_ranks_agree({**fingerprints, "held_out": replace(data, training=data.held_out).fingerprint()})
-    start = decide_on_main(world, lambda: find_start(config, world.size, len(data.training), fingerprints))
-    report.start_notes(start, output, say)
-    if start.is_finished:
-        return
-
-    check_memory(config, folder, data, world)
-    limit_memory(world, config.gpu_memory_gb)
-    precision = choose_precision(world.device, config)
-    check_optimizer(config, world.device)
-    check_compiler(config.torch_compile, world.device)
-    fast = not why_plain(config, folder.config, world.device, precision.compute)
-    check_ranks_agree({"compute dtype": str(precision.compute), "fast layers": fast})
-    report.note_on_cards(config, folder, world, precision, data.longest, say)
-    say(_("Loading {folder} …", folder=folder.path))
-    module = load_trainable(config, world, folder, precision)
-
-    if world.device.type == "cuda":
-        say(_("Finding the fastest micro-batch that fits (with compilation up to a minute) …"))
-    trainer = Trainer(config, world, module, precision, data, start)
-    decide_on_main(world, trainer.check_disk_space)
-    report.before_first_step(trainer, data, say)
-    description = describe_run(config, tokenizer, template, fingerprints["base_model"])
-    if world.is_main:
-        description["repeated_steps"] = repeated_steps(output, trainer.done)
-        write_training_config(output, description)
-    forget_peak(world)
-    with contextlib.closing(Metrics(output, world.is_main, trainer.done)) as metrics:
-        trainer.run(metrics)
-
-    description["trained_steps"] = trainer.done
-    tensors = whole_tensors(trainer.parameters if config.use_peft else dict(trainer.model.named_parameters()))
-    if world.is_main:
-        if config.save_model:
-            save_result(config, trainer.model, tensors, description, report.model_card(trainer, output))
-        else:
-            write_training_config(output, description)
-        draw_losses(output)
-    elif config.save_model and config.enable_fsdp:
-        collections.deque(tensors, maxlen=0)  # each process has a part in every tensor
-    report.after_last_step(trainer, output, say)
-
-
-def preview(config: TrainingConfig, tokenizer: Tokenizer, template: PromptTemplate) -> None:
-    """Print training examples as JSON lines: what the model is given, and where loss is taken."""
-    data = load_data(config, tokenizer, template, report=lambda _message: None)
-    for example in data.training[: config.preview]:
-        row = {"text": example.text, "input_ids": example.input_ids.tolist(), "labels": example.labels.tolist()}
-        print(json.dumps(row, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,25 +10,16 @@ import torch
 from helpers.command_runs import run_script
 from helpers.runs_together import Case, run_all
 from helpers.tiny_models import make_model
-from helpers.trainers import make_trainer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from configs.errors import UserError
 from configs.fsdp import FsdpConfig
-from configs.training import TrainingConfig
-from ft_datasets.prompt import PromptTemplate
-from ft_datasets.tokenizer import Tokenizer
 from utils.machine.precision import Precision
-from utils.machine.world import sharding_group_size
-from utils.model.adapters import add_adapter, trainable_parameters
 from utils.model.decoder import causal_lm
 from utils.model.folder import ModelFolder
-from utils.model.weights import empty_base_model, load_weights
-from utils.results import model_files, saving
 from utils.results.consolidating import consolidate
 from utils.runs.checkpoint import read_checkpoint
-from utils.runs.description import describe_run
 from utils.training.sharding import recover
 from utils.training.trainable import load_trainable
 
@@ -311,99 +301,3 @@ def test_a_checkpoint_is_converted_over_its_own_base_only(runs, model, tiny_mode
     checkpoint.state["settings"] |= {"peft_method": "prefix"}
     with pytest.raises(UserError, match="--peft_method prefix"):
         consolidate(checkpoint, ModelFolder(model), tmp_path / "out")
-
-
-def test_the_writer_of_weight_files_holds_one_file_at_a_time(tmp_path, monkeypatch):
-    alive, most = set(), 0
-
-    def tensors():
-        nonlocal most
-        for number in range(9):
-            tensor = torch.full((10,), float(number))
-            alive.add(number)
-            most = max(most, len(alive))
-            yield f"t{number}", tensor
-
-    def save(shard, *arguments, **more):
-        alive.difference_update(int(name[1:]) for name in shard)
-        save_file(shard, *arguments, **more)
-
-    monkeypatch.setattr(model_files, "save_file", save)
-    assert model_files.write_shards(tensors(), tmp_path, shard_bytes=80) == 360
-    assert most == 3  # two of 40 bytes, and the one that does not fit any more
-    index = json.loads((tmp_path / model_files.INDEX).read_text())["weight_map"]
-    assert len(set(index.values())) == 5
-    for number in range(9):
-        assert load_file(tmp_path / index[f"t{number}"])[f"t{number}"].eq(number).all()
-
-
-def test_a_model_is_saved_without_ever_being_whole_in_memory(tiny_model, tmp_path, monkeypatch):
-    trainer = make_trainer(tiny_model, tmp_path, use_peft=False)
-    expected = dict(trainer.model.named_parameters())
-    largest, alive, most = max(parameter.nbytes for parameter in expected.values()), weakref.WeakSet(), 0
-
-    def tensors():
-        nonlocal most
-        for name, parameter in expected.items():
-            tensor = parameter.detach().clone()
-            alive.add(tensor)
-            most = max(most, sum(other.nbytes for other in alive))
-            yield name, tensor
-
-    monkeypatch.setattr(saving, "SHARD_BYTES", largest)
-    description = describe_run(trainer.config, Tokenizer(tiny_model), PromptTemplate(), "")
-    saving.save_result(trainer.config, trainer.model, tensors(), description, "")
-    assert most <= 2 * largest < sum(parameter.nbytes for parameter in expected.values()) / 2
-    saved = dict(ModelFolder(tmp_path).tensors())
-    assert saved.keys() == expected.keys()
-    assert all(torch.equal(saved[name], parameter) for name, parameter in expected.items())
-
-
-@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
-def test_loras_first_weights_are_the_same_over_an_empty_model(tiny_model, quantization):
-    def first_weights(seed: int, *, empty: bool) -> dict[str, torch.Tensor]:
-        config = TrainingConfig(use_peft=True, seed=seed)
-        model = empty_base_model(ModelFolder(tiny_model), torch.float32, quantization)
-        if not empty:
-            load_weights(model, ModelFolder(tiny_model), [torch.device("cpu")])
-        return trainable_parameters(add_adapter(model, config))
-
-    over_empty, over_loaded = first_weights(1, empty=True), first_weights(1, empty=False)
-    other_seed = first_weights(2, empty=True)
-    assert over_empty.keys() == over_loaded.keys() and len(over_empty) == 8
-    for name, weight in over_empty.items():
-        assert torch.equal(weight, over_loaded[name]) and weight.dtype == torch.float32
-        if ".lora_A." in name:  # Kaiming-uniform with a = sqrt(5), nn.Linear's own: 1 / sqrt(inputs) at most
-            assert 0.9 / 64**0.5 < weight.abs().max() <= 1 / 64**0.5
-            assert not torch.equal(weight, other_seed[name])
-        else:
-            assert weight.eq(0).all()
-
-
-@pytest.mark.parametrize(
-    ("strategy", "given", "local", "world", "size"),
-    [
-        ("FULL_SHARD", 0, 4, 8, 8),
-        ("SHARD_GRAD_OP", 0, 4, 8, 8),
-        ("HYBRID_SHARD", 0, 4, 8, 4),
-        ("HYBRID_SHARD", 2, 4, 8, 2),
-        ("HYBRID_SHARD", 0, 8, 8, None),  # one machine: there is nothing to replicate
-        ("HYBRID_SHARD", 3, 4, 8, None),
-        ("HYBRID_SHARD", 1, 4, 8, None),
-    ],
-)
-def test_processes_are_divided_into_equal_groups_or_refused(monkeypatch, strategy, given, local, world, size):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    config = FsdpConfig(sharding_strategy=strategy, sharding_group_size=given)
-    if size:
-        assert sharding_group_size(config, world) == size
-    else:
-        with pytest.raises(UserError, match=rf"{world} processes can't make groups.*FULL_SHARD"):
-            sharding_group_size(config, world)
-
-
-@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
-def test_an_empty_model_takes_no_memory(tiny_model, quantization):
-    model = empty_base_model(ModelFolder(tiny_model), torch.float32, quantization)
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -75,8 +75,8 @@ def test_memory_is_checked_before_the_model_is_loaded(tiny_model, data_file, tmp
     def refuse(*_arguments):
         raise UserError("too small")
 
-    monkeypatch.setattr(fits, "check_memory", refuse)
-    monkeypatch.setattr("utils.model.weights.load_base_model", lambda *_arguments: pytest.fail("loaded"))
+    monkeypatch.setattr("utils.finetune.check_memory", refuse)
+    monkeypatch.setattr("utils.finetune.load_trainable", lambda *_arguments: pytest.fail("loaded"))
     flags = f"--model_name {tiny_model} --alpaca_dataset.data_path {data_file} --output_dir {tmp_path / 'out'}"
     with pytest.raises(UserError, match="too small"):
         llama_finetuning.main(flags.split())

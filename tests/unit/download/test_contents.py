@@ -117,7 +117,7 @@ def test_a_full_disk_is_a_message(endpoint, tmp_path, monkeypatch):
 
 
 def test_a_repository_that_is_broken_itself_is_said_so(endpoint, tmp_path):
-    files = {"model.safetensors": {"file": str(ROOT / "tests" / "fake_hub.py"), "lfs": True}}
+    files = {"model.safetensors": {"file": str(ROOT / "tests" / "helpers" / "fake_hub.py"), "lfs": True}}
     with pytest.raises(UserError, match="damaged safetensors file: its header is longer than the file"):
         fetch(tmp_path, endpoint(files=files))
 

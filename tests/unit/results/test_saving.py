@@ -1,0 +1,60 @@
+"""The files of a result, written without ever holding all of it."""
+
+import json
+import weakref
+
+import torch
+from helpers.trainers import make_trainer
+from safetensors.torch import load_file, save_file
+
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
+from utils.model.folder import ModelFolder
+from utils.results import model_files, saving
+from utils.runs.description import describe_run
+
+
+def test_the_writer_of_weight_files_holds_one_file_at_a_time(tmp_path, monkeypatch):
+    alive, most = set(), 0
+
+    def tensors():
+        nonlocal most
+        for number in range(9):
+            tensor = torch.full((10,), float(number))
+            alive.add(number)
+            most = max(most, len(alive))
+            yield f"t{number}", tensor
+
+    def save(shard, *arguments, **more):
+        alive.difference_update(int(name[1:]) for name in shard)
+        save_file(shard, *arguments, **more)
+
+    monkeypatch.setattr(model_files, "save_file", save)
+    assert model_files.write_shards(tensors(), tmp_path, shard_bytes=80) == 360
+    assert most == 3  # two of 40 bytes, and the one that does not fit any more
+    index = json.loads((tmp_path / model_files.INDEX).read_text())["weight_map"]
+    assert len(set(index.values())) == 5
+    for number in range(9):
+        assert load_file(tmp_path / index[f"t{number}"])[f"t{number}"].eq(number).all()
+
+
+def test_a_model_is_saved_without_ever_being_whole_in_memory(tiny_model, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_model, tmp_path, use_peft=False)
+    expected = dict(trainer.model.named_parameters())
+    largest, alive, most = max(parameter.nbytes for parameter in expected.values()), weakref.WeakSet(), 0
+
+    def tensors():
+        nonlocal most
+        for name, parameter in expected.items():
+            tensor = parameter.detach().clone()
+            alive.add(tensor)
+            most = max(most, sum(other.nbytes for other in alive))
+            yield name, tensor
+
+    monkeypatch.setattr(saving, "SHARD_BYTES", largest)
+    description = describe_run(trainer.config, Tokenizer(tiny_model), PromptTemplate(), "")
+    saving.save_result(trainer.config, trainer.model, tensors(), description, "")
+    assert most <= 2 * largest < sum(parameter.nbytes for parameter in expected.values()) / 2
+    saved = dict(ModelFolder(tmp_path).tensors())
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], parameter) for name, parameter in expected.items())
