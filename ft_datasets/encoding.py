@@ -1,4 +1,4 @@
-"""Records -> examples: tokens, the boundary between prompt and answer, and the held-out split."""
+"""Records -> examples: tokens, which of them carry loss, and the held-out split."""
 
 from collections.abc import Callable, Sequence
 
@@ -37,7 +37,12 @@ def encode_records(
             texts[i] = f"{prompt}\n{record.output}"
             text_ids[i] = tokenizer.encode(texts[i])
     examples = [
-        Example(record.number, text, np.array([*ids, tokenizer.eos_id], dtype=np.int32), common_prefix(prompt, ids))
+        Example(
+            record.number,
+            text,
+            np.array([*ids, tokenizer.eos_id], dtype=np.int32),
+            learnt=((common_prefix(prompt, ids), len(ids) + 1),),
+        )
         for record, text, prompt, ids in zip(records, texts, prompt_ids, text_ids, strict=True)
     ]
     kept = [example for example in examples if len(example) <= max_seq_length]

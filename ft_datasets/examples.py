@@ -1,6 +1,6 @@
 """A training example: token ids, and which of them carry loss."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,14 +16,14 @@ class Example:
         number: the record's number in the data file.
         text: prompt and response, without BOS and EOS.
         input_ids: [BOS] + tokens + [EOS], shape [length], int32.
-        prompt_length: how many of them are BOS and prompt; the loss is taken on the rest.
+        learnt: the spans of tokens that carry loss, (start, stop) of each, in order; the loss is taken on no other.
         shared_length: how many of the first are shared with other examples, see ft_datasets/shared_prefixes.py.
     """
 
     number: int
     text: str
     input_ids: np.ndarray
-    prompt_length: int
+    learnt: tuple[tuple[int, int], ...]
     shared_length: int = 0
 
     def __len__(self) -> int:
@@ -31,10 +31,16 @@ class Example:
 
     @property
     def labels(self) -> np.ndarray:
-        """input_ids with IGNORE_INDEX in the places of BOS and prompt, shape [length]."""
-        labels = self.input_ids.copy()
-        labels[: self.prompt_length] = IGNORE_INDEX
+        """input_ids with IGNORE_INDEX in the place of all that carries no loss, shape [length]."""
+        labels = np.full_like(self.input_ids, IGNORE_INDEX)
+        for start, stop in self.learnt:
+            labels[start:stop] = self.input_ids[start:stop]
         return labels
+
+    @property
+    def first_learnt(self) -> int:
+        """Where the first token that carries loss stands."""
+        return self.learnt[0][0]
 
     @property
     def own_length(self) -> int:
@@ -53,5 +59,12 @@ class Example:
 
     @property
     def label_count(self) -> int:
-        """Tokens of the response, EOS included: how many losses the example brings."""
-        return len(self.input_ids) - self.prompt_length
+        """Tokens that carry loss, EOS included: how many losses the example brings."""
+        return sum(stop - start for start, stop in self.learnt)
+
+    def learnt_throughout(self) -> "Example":
+        """The same tokens, with loss on every one that may carry it: neither a shared one nor the first behind those.
+
+        (From the last shared token, which a row has once for all, only one next token could be predicted.)
+        """
+        return replace(self, learnt=((self.shared_length + 1, len(self)),))

@@ -4,6 +4,8 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import load_records
 from ft_datasets.encoding import encode_records, split_examples
@@ -26,11 +28,13 @@ class Data:
         return max(map(len, [*self.training, *self.held_out]))
 
     def fingerprint(self) -> str:
-        """A hash over the training examples' tokens and labels, in order."""
+        """The hash of the training examples' tokens and labels, in order."""
         digest = hashlib.sha256()
         for example in self.training:
-            digest.update(example.input_ids.tobytes())
-            digest.update(example.prompt_length.to_bytes(4, "little"))
+            bounds = [position for span in example.learnt for position in span]
+            if bounds[-1] == len(example):
+                bounds.pop()  # checkpoints have always named a single answer, which ends there, by its start alone
+            digest.update(example.input_ids.tobytes() + np.array(bounds, dtype="<u4").tobytes())
         return digest.hexdigest()
 
 

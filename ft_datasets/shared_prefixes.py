@@ -45,8 +45,8 @@ def share_prefixes(examples: Sequence[Example]) -> list[Example]:
 
 
 def _most(example: Example) -> int:
-    """The prompt but for its last token, from which the response's first is predicted."""
-    return max(0, example.prompt_length - 1)
+    """All that stands before the first learnt token but for the last, from which that one is predicted."""
+    return max(0, example.first_learnt - 1)
 
 
 def _cut_prefixes(sequences: Sequence[Tokens]) -> list[Tokens]:

@@ -14,7 +14,7 @@ def made_up_examples() -> list:
     made_up = []
     for number, length in enumerate((9, 30, 17, 12, 40, 8, 25, 14), 1):
         ids = [1, *chooser.integers(260, 600, length - 2), 2]
-        made_up.append(Example(number, "", np.array(ids, dtype=np.int32), prompt_length=length // 3))
+        made_up.append(Example(number, "", np.array(ids, dtype=np.int32), learnt=((length // 3, length),)))
     return made_up
 
 

@@ -33,7 +33,7 @@ def examples_with_prefixes(lengths=(7, 3, 0, 7, 3, 7, 9)) -> list[Example]:
         own = chooser.integers(3, 600, 4 + 3 * number)
         ids = np.concatenate((beginnings[length], own)).astype(np.int32)
         # Of the first, the response's first token is the first that is not shared.
-        made.append(Example(number, "", ids, prompt_length=length + number, shared_length=length))
+        made.append(Example(number, "", ids, learnt=((length + number, len(ids)),), shared_length=length))
     return made
 
 

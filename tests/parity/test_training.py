@@ -15,6 +15,7 @@ from configs.peft import LoraConfig, PrefixConfig
 from configs.training import TrainingConfig
 from ft_datasets.alpaca_dataset import load_records
 from ft_datasets.encoding import encode_records
+from ft_datasets.examples import Example
 from ft_datasets.loading import load_data
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from utils.model.weights import load_base_model
 from utils.results.adapter_folder import load_adapter
 from utils.rows.packing import StepTokens, pack
 from utils.runs.checkpoint import read_checkpoint
+from utils.training.response_loss import ResponseLoss
 from utils.training.step_plan import StepPlan
 from utils.training.trials import Trials
 
@@ -163,6 +165,25 @@ def test_held_out_loss_is_the_plain_mean_over_its_tokens(tiny_model, data_file, 
     with torch.no_grad():
         expected = plain_loss(reference_model(tiny_model), trainer.held_out).item()
     assert trainer.evaluate() == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("shared_length", [0, 2])
+def test_the_loss_of_two_answers_is_that_of_their_tokens_alone(tiny_model, shared_length):
+    """Two conversations of two answers each in a row, against transformers' own logits and a sum written by hand."""
+    model = reference_model(tiny_model)
+    rows = [[1, 300, 301, 302, 303, 304, 305, 306, 2], [1, 300, 401, 402, 403, 404, 2]]
+    learnt = [((4, 5), (7, 9)), ((3, 4), (5, 7))]
+    expected = torch.zeros(())
+    for ids, positions in zip(rows, [(4, 7, 8), (3, 5, 6)], strict=True):
+        log_probabilities = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = expected - sum(log_probabilities[at - 1, ids[at]] for at in positions)
+    examples = [
+        Example(1, "", np.array(ids, dtype=np.int32), spans, shared_length)
+        for ids, spans in zip(rows, learnt, strict=True)
+    ]
+    module = ResponseLoss(load_base_model(ModelFolder(tiny_model), torch.float32, [CPU]), torch.float32)
+    loss = module(pack(examples, CPU), 1.0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_an_attempt_before_the_first_step_leaves_the_run_as_it_was(tiny_model, tmp_path):

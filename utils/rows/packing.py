@@ -212,8 +212,8 @@ def pack(
     for example in examples:
         prefix = prefixes.get(example.prefix, range(0))
         first = row.append(example.input_ids[len(prefix) :], prefix) - len(prefix)
-        # The token at position p is predicted from position p - 1; BOS or a prompt stands before every labelled token.
-        label_rows.append(np.arange(first + max(example.prompt_length, 1) - 1, first + len(example) - 1))
+        # The token at position p is predicted from position p - 1; nothing stands before the first.
+        label_rows += [np.arange(first + max(start, 1) - 1, first + stop - 1) for start, stop in example.learnt]
     multiple = ROW_MULTIPLE if device.type == "cuda" else 1
     longest = max(longest, multiple, *map(len, examples))
     filling = max(0, -(-max(at_least, row.length) // multiple) * multiple - row.length)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -104,8 +104,7 @@ class Trials:
                 parameter.grad = torch.zeros_like(parameter)
         try:
             chosen = first_that_fit(self.examples, tokens)
-            labelled = [replace(example, prompt_length=example.shared_length + 1) for example in chosen]
-            batch = self.pack(labelled, at_least=tokens)
+            batch = self.pack([example.learnt_throughout() for example in chosen], at_least=tokens)
             for value in [self.loss_module(batch, 0.0) for _row in range(rows)]:
                 value.backward()
             assert all(p.grad is not None for p in self.parameters), "a trainable parameter without a gradient"

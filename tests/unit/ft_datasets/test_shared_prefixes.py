@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def example(ids: list[int], prompt_length: int, shared_length: int = 0) -> Example:
-    return Example(1, "", np.array(ids, dtype=np.int32), prompt_length, shared_length)
+    return Example(1, "", np.array(ids, dtype=np.int32), ((prompt_length, len(ids)),), shared_length)
 
 
 def test_both_headers_of_the_template_are_found(tiny_model, data_file):
@@ -81,7 +81,7 @@ def test_what_is_shared_is_shared_and_ends_before_the_prompt_does(seed):
     assert len(prefixes) < 2 or len(set(prefixes)) < len(prefixes)
     for e, before in zip(shared, made, strict=True):
         assert np.array_equal(e.input_ids, before.input_ids)
-        assert 0 <= e.shared_length < max(1, e.prompt_length)
+        assert 0 <= e.shared_length < max(1, e.first_learnt)
     saved = sum(e.shared_length for e in shared)
     assert saved == 0 or saved >= 0.05 * sum(map(len, made))
 

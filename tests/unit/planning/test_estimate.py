@@ -195,7 +195,7 @@ def test_the_plain_layers_activations_are_those_that_autograd_keeps(request, mod
 @pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
 def test_keys_of_shared_beginnings_are_made_anew_for_the_backward_pass(grouped_model, monkeypatch, backend):
     use_varlen_on_cpu(monkeypatch)
-    row = [Example(i, "", np.arange(200, dtype=np.int32), prompt_length=101, shared_length=100) for i in range(9)]
+    row = [Example(i, "", np.arange(200, dtype=np.int32), learnt=((101, 200),), shared_length=100) for i in range(9)]
     segments = pack(row, torch.device("cpu")).segments
     assert (sum(segments.lengths), sum(segments.keys.lengths)) == (1000, 1900)
     folder = ModelFolder(grouped_model)
@@ -281,7 +281,7 @@ def test_the_peak_is_that_of_what_lives(deeper_model, name, kept, is_first):
     for parameter in trained:
         parameter.grad = None if is_first else torch.zeros_like(parameter)
     live.seen |= {x.untyped_storage()._cdata for p in module.parameters() for x in (p, p.grad) if x is not None}
-    batch = pack([Example(1, "", np.arange(tokens, dtype=np.int32) % 600, prompt_length=1)], world.device)
+    batch = pack([Example(1, "", np.arange(tokens, dtype=np.int32) % 600, learnt=((1, tokens),))], world.device)
     with live:
         module(batch, 1.0).backward()
     shape = Shape.of(deeper_model.config)

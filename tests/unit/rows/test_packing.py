@@ -15,7 +15,8 @@ CPU = torch.device("cpu")
 
 
 def of_lengths(lengths: list[int]) -> list[Example]:
-    return [Example(i, "", np.zeros(length, dtype=np.int32), prompt_length=1) for i, length in enumerate(lengths, 1)]
+    rows = [np.zeros(length, dtype=np.int32) for length in lengths]
+    return [Example(number, "", row, learnt=((1, len(row)),)) for number, row in enumerate(rows, 1)]
 
 
 def some_lengths(count: int, seed: int = 0) -> list[int]:
@@ -182,8 +183,8 @@ def test_the_largest_step_is_that_of_the_run():
 
 def test_packed_row_of_two_examples_is_as_written_by_hand():
     # <s> 10 11 | 12 13 </s>   and   <s> 20 | 21 </s>: loss on what stands after the bar.
-    one = Example(1, "", np.array([1, 10, 11, 12, 13, 2], dtype=np.int32), prompt_length=3)
-    two = Example(2, "", np.array([1, 20, 21, 2], dtype=np.int32), prompt_length=2)
+    one = Example(1, "", np.array([1, 10, 11, 12, 13, 2], dtype=np.int32), learnt=((3, 6),))
+    two = Example(2, "", np.array([1, 20, 21, 2], dtype=np.int32), learnt=((2, 4),))
     batch = pack([one, two], CPU)
     assert batch.input_ids.tolist() == [1, 10, 11, 12, 13, 2, 1, 20, 21, 2]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
@@ -197,13 +198,31 @@ def test_packed_row_of_two_examples_is_as_written_by_hand():
 
 def test_a_first_token_is_never_a_label_even_without_a_prompt():
     # A tokenizer without BOS and an empty prompt: nothing stands before the first token that could predict it.
-    batch = pack([Example(1, "", np.array([7, 8, 2], dtype=np.int32), prompt_length=0)], CPU)
+    batch = pack([Example(1, "", np.array([7, 8, 2], dtype=np.int32), learnt=((0, 3),))], CPU)
     assert batch.label_rows.tolist() == [0, 1]
     assert batch.label_ids.tolist() == [8, 2]
 
 
+@pytest.mark.parametrize("shared_length", [0, 2])
+def test_labels_of_several_spans_are_those_of_a_plain_loop(shared_length):
+    """Each label is the next token of its row's own example, wherever its spans and its shared beginning lie."""
+    spans = [((3, 5), (7, 9)), ((4, 5),), ((3, 4), (5, 6), (8, 10))]
+    made = [
+        Example(n, "", np.array([1, 2, *range(10 * n, 10 * n + 8)], dtype=np.int32), learnt, shared_length)
+        for n, learnt in enumerate(spans, 1)
+    ]
+    expected = []
+    for each in made:
+        for start, stop in each.learnt:
+            expected += [(int(each.input_ids[at - 1]), at - 1, int(each.input_ids[at])) for at in range(start, stop)]
+    batch = pack(made, CPU)
+    columns = batch.input_ids[batch.label_rows], batch.position_ids[batch.label_rows], batch.label_ids
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
+    assert len(batch.input_ids) == (30 if shared_length == 0 else 26)
+
+
 def test_a_row_is_filled_up_without_labels():
-    example = Example(1, "", np.array([1, 7, 8, 2], dtype=np.int32), prompt_length=2)
+    example = Example(1, "", np.array([1, 7, 8, 2], dtype=np.int32), learnt=((2, 4),))
     batch = pack([example, example], CPU, longest=5, at_least=11)
     assert batch.input_ids.tolist() == [1, 7, 8, 2, 1, 7, 8, 2, 0, 0, 0]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2]
@@ -214,7 +233,7 @@ def test_a_row_is_filled_up_without_labels():
 
 def test_what_fills_a_row_up_is_no_longer_than_the_longest_example():
     """Else `longest`, a constant in compiled code, would be another from row to row."""
-    batch = pack([Example(1, "", np.array([7, 8, 2], dtype=np.int32), prompt_length=0)], CPU, longest=4, at_least=13)
+    batch = pack([Example(1, "", np.array([7, 8, 2], dtype=np.int32), learnt=((0, 3),))], CPU, longest=4, at_least=13)
     assert batch.segments.lengths == [3, 4, 4, 2]
     assert batch.segments.longest == 4
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
