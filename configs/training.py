@@ -134,6 +134,11 @@ class TrainingConfig:
     """Print what the run will take (memory, disk, steps), and end."""
 
     @property
+    def data(self) -> AlpacaDataset:
+        """The settings of the data, of the kind that `dataset` names."""
+        return getattr(self, self.dataset)
+
+    @property
     def checkpoints_dir(self) -> Path:
         """Where the run's checkpoints lie."""
         if not self.dist_checkpoint_root_folder:

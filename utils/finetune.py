@@ -30,7 +30,7 @@ from utils.training.sharding import whole_tensors
 from utils.training.trainable import load_trainable
 from utils.training.trainer import Trainer
 
-MAY_DIFFER = ("model_name", "alpaca_dataset.data_path", "num_workers_dataloader", "gpu_memory_gb")
+MAY_DIFFER = ("model_name", "data_path", "num_workers_dataloader", "gpu_memory_gb")
 """Settings that may be different ones for each process of a run: what is read must be equal, wherever it lies."""
 
 
@@ -38,7 +38,7 @@ def fine_tune(
     config: TrainingConfig, world: World, folder: ModelFolder, tokenizer: Tokenizer, template: PromptTemplate
 ) -> None:
     """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
-    settings = {name: value for name, value in config.flat().items() if name not in MAY_DIFFER}
+    settings = {name: value for name, value in config.flat().items() if name.rpartition(".")[2] not in MAY_DIFFER}
     if config.enable_fsdp:  # the default depends on the machine
         settings["fsdp_config.sharding_group_size"] = sharding_group_size(config.fsdp_config, world.size)
     check_ranks_agree(settings)
@@ -49,7 +49,7 @@ def fine_tune(
         check_shared(world, folder_of_all)
     if was_restarted(world):
         config.resume = "auto"  # --resume was about the first start
-    say(_("Reading {file} …", file=config.alpaca_dataset.data_path))
+    say(_("Reading {file} …", file=config.data.data_path))
     data = load_data(config, tokenizer, template, say)
     folder.check_length(data.longest)
     fingerprints = {

@@ -269,7 +269,7 @@ def model_card(trainer: "Trainer", output: Path) -> str:
         _("base model"): f"`{config.model_name}`",
         _("method"): config.peft_method if config.use_peft else _("full fine-tuning"),
         _("base held in"): config.quantization or str(trainer.precision.weights).removeprefix("torch."),
-        _("data"): f"`{config.alpaca_dataset.data_path}`, "
+        _("data"): f"`{config.data.data_path}`, "
         + _("{count} examples", count=len(trainer.training))
         + (_(", {count} held out", count=len(trainer.held_out)) if trainer.held_out else ""),
         _("steps"): f"{trainer.done} ({schedule.global_batch_size} " + _("examples each") + ")",

@@ -104,9 +104,9 @@ def run_identity(config: TrainingConfig, schedule: Schedule, fingerprints: dict[
     """All that a run's result depends on, but its length, as flat names and values."""
     identity: dict[str, Any] = {"global_batch_size": schedule.global_batch_size, **fingerprints}
     for name, value in config.flat().items():
-        if name.partition(".")[0] not in WITHOUT_EFFECT_ON_RESULT:
+        # The data counts by its fingerprint, wherever it lies.
+        if name.partition(".")[0] not in WITHOUT_EFFECT_ON_RESULT and not name.endswith(".data_path"):
             identity[name] = value
-    del identity["alpaca_dataset.data_path"]  # the data counts by its fingerprint
     return identity
 
 

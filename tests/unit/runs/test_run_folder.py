@@ -157,3 +157,13 @@ def test_steps_that_an_interruption_cost_are_counted_and_an_extension_is_none(tm
     assert repeated_steps(tmp_path, 8) == [2, 0]
     leave(9, repeated_steps=[2, 0], trained_steps=9)
     assert repeated_steps(tmp_path, 9) == [2, 0]
+
+
+def test_data_that_lies_elsewhere_is_the_same_data(tmp_path):
+    config = settings(tmp_path)
+    leave_checkpoint(config, world_size=1, global_batch_size=4)
+    config.data.data_path = "elsewhere/data.jsonl"
+    start = find_start(config, 1, 100, FINGERPRINTS)
+    assert (start.checkpoint.step, start.notes) == (3, [])
+    with pytest.raises(UserError, match="data: d -> other"):
+        find_start(config, 1, 100, {**FINGERPRINTS, "data": "other"})
