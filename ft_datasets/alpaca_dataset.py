@@ -1,4 +1,4 @@
-"""Alpaca JSON -> records -> examples of input_ids and labels."""
+"""Entries in Alpaca's form -> records."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.messages import _
-from ft_datasets.records import name_records, read_entries
+from ft_datasets.records import DataFiles, Entry, name_entries, read_entries
 
 
 @dataclass(frozen=True)
 class Record:
-    """One entry of the data file; `number` counts from 1, as a person counts."""
+    """An instruction and its answer; `number` is that of the entry in the data files, from 1, as a person counts."""
 
     number: int
     instruction: str
@@ -21,25 +21,24 @@ class Record:
     output: str
 
 
-def load_records(path: str | Path) -> list[Record]:
-    """Read and check an Alpaca JSON file.
+def load_records(source: DataFiles | str | Path) -> list[Record]:
+    """Read and check data in Alpaca's form: from one file, or from several one after another.
 
     Raises:
         UserError: naming the file and the line, or the numbers of the records that are wrong.
     """
-    path = Path(path)
-    entries = read_entries(path)
-    complaints: dict[str, list[int]] = {}
+    files = source if isinstance(source, DataFiles) else DataFiles((Path(source),))
+    complaints: dict[str, list[Entry]] = {}
     records = []
-    for number, entry in enumerate(entries, 1):
-        complaint = _complaint(entry)
+    for entry in read_entries(files):
+        complaint, value = _complaint(entry.value), entry.value
         if complaint:
-            complaints.setdefault(complaint, []).append(number)
+            complaints.setdefault(complaint, []).append(entry._replace(value=None))
         else:
-            records.append(Record(number, entry["instruction"], entry.get("input") or "", entry["output"]))
+            records.append(Record(entry.number, value["instruction"], value.get("input") or "", value["output"]))
     if complaints:
-        lines = [f"  {complaint}: {name_records(numbers)}" for complaint, numbers in complaints.items()]
-        heading = _("{file}: these records can't be used (records count from 1):", file=path)
+        lines = [f"  {complaint}: {name_entries(entries, files)}" for complaint, entries in complaints.items()]
+        heading = _("{file}: these records can't be used (records count from 1):", file=files)
         advice = _('Each record needs "instruction" and "output" as text, and may have "input".')
         raise UserError("\n".join([heading, *lines, advice]))
     return records

@@ -1,8 +1,9 @@
-"""The data file as the examples of a run."""
+"""The data files as the examples of a run."""
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -11,16 +12,25 @@ from ft_datasets.alpaca_dataset import load_records
 from ft_datasets.encoding import encode_records, split_examples
 from ft_datasets.examples import Example
 from ft_datasets.prompt import PromptTemplate
+from ft_datasets.records import DataFiles
 from ft_datasets.shared_prefixes import share_prefixes
 from ft_datasets.tokenizer import Tokenizer
+
+READERS = {"alpaca_dataset": load_records}
+"""What reads the data files of each kind that --dataset names, and checks them."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Examples to learn from, and examples that are only measured on (none without --run_validation)."""
+    """Examples to learn from, and examples that are only measured on (none without --run_validation).
+
+    Attributes:
+        origin: where data from a hub comes from, see DataFiles.
+    """
 
     training: list[Example]
     held_out: list[Example]
+    origin: dict[str, str] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -39,14 +49,22 @@ class Data:
 
 
 def load_data(
-    config: TrainingConfig, tokenizer: Tokenizer, template: PromptTemplate, report: Callable[[str], None]
+    config: TrainingConfig,
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
+    report: Callable[[str], None],
+    files: DataFiles | None = None,
 ) -> Data:
-    """Read, check, tokenise and split the data file.
+    """Read, check, tokenise and split the data.
+
+    Args:
+        files: what was fetched from a hub; None = the file that the settings name lies here.
 
     Raises:
         UserError: see load_records and encode_records.
     """
-    records = load_records(config.alpaca_dataset.data_path)
+    files = files or DataFiles((Path(config.data.data_path),))
+    records = READERS[config.dataset](files)
     examples = encode_records(
         records, tokenizer, template, config.max_seq_length, report, config.num_workers_dataloader
     )
@@ -54,5 +72,5 @@ def load_data(
     if not config.lora_config.lora_dropout and config.peft_method != "prefix":
         examples = share_prefixes(examples)
     if not config.run_validation:
-        return Data(examples, [])
-    return Data(*split_examples(examples, config.val_set_size, config.seed))
+        return Data(examples, [], files.origin)
+    return Data(*split_examples(examples, config.val_set_size, config.seed), files.origin)
