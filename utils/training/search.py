@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from utils.machine.memory import give_back_host
 from utils.machine.world import World, from_main
@@ -52,75 +53,83 @@ class Search:
     is_sharded: bool = False
     host: HostMemory | None = None
 
-    def best(self, kind: str) -> StepPlan:
+    def best(self, key: str) -> StepPlan:
         """What is fastest of all that fits on every process's card.
 
         Where an earlier run of the same kind has an answer that still fits, and about as much memory is free now, that
         is it. The answers lie in ~/.cache/llama2-chinese (or beneath XDG_CACHE_HOME).
 
         Args:
-            kind: a name for all that the answer depends on.
+            key: a name for all that the answer depends on.
         """
         if self.world.device.type == "cpu":
             return StepPlan(max(self.longest_example, CPU_TOKENS), self.kept_counts[-1])
-        known, free = None, memory_limit(self.world)
-        with contextlib.suppress(OSError, ValueError, KeyError, RuntimeError):
-            known = json.loads(_cache_file(kind).read_text())
-        known = from_main(known)  # machines may have files of their own
-        if known and 0.9 * free <= known["free"] <= 1.1 * free:
-            step_plan = StepPlan(*known["step_plan"])
-            if self.is_sharded or (self.has_host_memory(step_plan) and self._fits(step_plan)):
-                return step_plan
+        free = memory_limit(self.world)
+        known = from_main(_remembered(key, free))  # machines may have files of their own
+        if known and (self.is_sharded or (self.has_host_memory(known) and self._fits(known))):
+            return known
         found = self.by_extrapolation() if self.is_sharded else self.by_trying()
-        with contextlib.suppress(OSError, RuntimeError):  # a home that can't be written to costs the next start seconds
-            if self.world.is_main:
-                _cache_file(kind).parent.mkdir(parents=True, exist_ok=True)
-                _cache_file(kind).write_text(json.dumps({"step_plan": found, "free": free}))
+        if self.world.is_main:
+            _remember(key, found, free)
         return found
 
     def by_trying(self) -> StepPlan:
         """The answer by measurement.
 
         Smaller micro-batches leave room for more layers that keep their activations, which saves computing them twice,
-        but fill the card less well; so sizes are tried downwards until the next one is slower. Offloading is tried with
-        all of them, at the end: it needs room for a layer, which the largest may not have, and gives more than smaller
-        ones lose. (What was pinned last is what the first step finds.)
+        but fill the card less well; so sizes are tried downwards until the next one is slower.
         """
-        budgets, every_layer = self._token_budgets(self.step.largest), self.kept_counts[-1]
-        cards = len(self.world.devices)
-        tried = [
-            (budget, rows_together(cards, rows_of(self.step.largest, budget, self.step.shared))) for budget in budgets
-        ]
+        measured = self._measured_sizes()
+        if not measured:
+            return StepPlan(self._token_budgets(self.step.largest)[-1], self.kept_counts[0])
+        fastest = max(measured, key=lambda each: each.speed)
+        # Without a speed (memory gave out while it was measured) the smallest is the safest.
+        return self._offloading_where_faster(fastest, measured) if fastest.speed else measured[-1].step_plan
+
+    def _measured_sizes(self) -> list["_Measured"]:
+        """Sizes from the largest down, each with as many layers that keep their activations as fit, and its speed.
+
+        The last one is slower than the one before, or the first in which all layers keep theirs. If that is the
+        largest, nothing needs to be measured.
+        """
+        cards, every_layer, (largest, _mean, shared) = len(self.world.devices), self.kept_counts[-1], self.step
+        budgets = self._token_budgets(largest)
+        sizes = [(budget, rows_together(cards, rows_of(largest, budget, shared))) for budget in budgets]
         if cards > 1:
-            tried.append((budgets[-1], 1))
-        best, best_speed = StepPlan(budgets[-1], self.kept_counts[0]), 0.0
-        measured: list[tuple[StepPlan, float]] = []
-        for budget, rows in tried:
+            sizes.append((budgets[-1], 1))
+        measured: list[_Measured] = []
+        for budget, rows in sizes:
             kept = self._most_kept_layers(StepPlan(budget, 0, rows=rows))
             if kept is None:
                 continue
             step_plan = StepPlan(budget, kept, rows=rows)
-            if kept == every_layer and not best_speed and cards == 1:
-                return step_plan
-            speed = self._speed(step_plan)
-            measured.append((step_plan, speed))
-            if best_speed and speed <= best_speed:
+            keeps_all = kept == every_layer and cards == 1
+            before = max((each.speed for each in measured), default=0.0)
+            if keeps_all and not before:
+                return [_Measured(step_plan, math.inf)]
+            measured.append(_Measured(step_plan, self._speed(step_plan)))
+            if keeps_all or (before and measured[-1].speed <= before):
                 break
-            best, best_speed = step_plan, speed
-            if kept == every_layer and cards == 1:
-                break
-        if not best_speed:
-            return best
-        for step_plan, speed in [each for each in reversed(measured) if each[0].rows == best.rows]:
+        return measured
+
+    def _offloading_where_faster(self, fastest: "_Measured", measured: Sequence["_Measured"]) -> StepPlan:
+        """The fastest plan, or one whose activations partly wait in host memory, if that is faster.
+
+        Offloading is tried with all sizes that were measured: it needs room for a layer, which the largest may not
+        have, and gives more than smaller ones lose.
+        """
+        alike = [each for each in reversed(measured) if each.step_plan.rows == fastest.step_plan.rows]
+        for step_plan, speed in alike:
             give_back_host()  # another size needs other pieces
             for candidate, promised in self._with_offloading(step_plan, speed):
-                won = (1 - best_speed / promised) * WON_BACK_WITHIN
+                won = (1 - fastest.speed / promised) * WON_BACK_WITHIN
                 if won <= self.host.pin_seconds * self._pinned_bytes(candidate) or not self._fits(candidate):
                     continue
-                if (offloading := self._speed(candidate)) > best_speed:
-                    best, best_speed = candidate, offloading
-        if not best.offload_every or best.token_budget != step_plan.token_budget:
-            give_back_host()  # what was pinned last is not what the run will use
+                offloading = _Measured(candidate, self._speed(candidate))
+                fastest = max(fastest, offloading, key=lambda each: each.speed)
+        best, pinned_last = fastest.step_plan, alike[-1].step_plan
+        if not best.offload_every or best.token_budget != pinned_last.token_budget:
+            give_back_host()  # what was pinned last is not what the first step finds
         return best
 
     def by_extrapolation(self) -> StepPlan:
@@ -238,5 +247,29 @@ class Search:
         return (tokens - shared) * together / seconds if seconds else 0.0
 
 
-def _cache_file(kind: str) -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-chinese" / f"{kind}.json"
+class _Measured(NamedTuple):
+    """A step plan and its speed, tokens/s; 0 = memory gave out."""
+
+    step_plan: StepPlan
+    speed: float
+
+
+def _cache_file(key: str) -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-chinese" / f"{key}.json"
+
+
+def _remembered(key: str, free: float) -> StepPlan | None:
+    """The answer of an earlier run that had about as much memory; None = there is none, or it can't be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
+        known = json.loads(_cache_file(key).read_text(encoding="utf-8"))
+        if 0.9 * free <= known["free"] <= 1.1 * free:
+            return StepPlan(**{name: int(value) for name, value in known["step_plan"].items()})
+    return None
+
+
+def _remember(key: str, step_plan: StepPlan, free: float) -> None:
+    """Keep an answer for later runs; a home that can't be written to costs the next start seconds."""
+    with contextlib.suppress(OSError, RuntimeError):
+        file = _cache_file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"step_plan": step_plan._asdict(), "free": free}), encoding="utf-8")
