@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     folder = ModelFolder(config.model_name)
     tokenizer, template = Tokenizer(folder.path), PromptTemplate()
     folder.check_vocabulary(tokenizer.vocab_size)
-    folder.check_frozen_layers(config.num_freeze_layers if config.freeze_layers else 0)
+    folder.check_frozen_layers(config.frozen_layers or 0)
     quiet_libraries()
     if config.preview:
         from utils.reports.preview import preview

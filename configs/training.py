@@ -138,6 +138,15 @@ class TrainingConfig:
         """The settings of the data, of the kind that `dataset` names."""
         return getattr(self, self.dataset)
 
+    def method(self) -> Literal["full", "lora", "llama_adapter", "prefix"]:
+        """What is trained: an adapter over the frozen base model, or all of its weights."""
+        return self.peft_method if self.use_peft else "full"
+
+    @property
+    def frozen_layers(self) -> int | None:
+        """Decoder layers that a full fine-tuning leaves as they are, with the embedding; None = it trains all."""
+        return self.num_freeze_layers if self.freeze_layers else None
+
     @property
     def checkpoints_dir(self) -> Path:
         """Where the run's checkpoints lie."""
@@ -206,12 +215,12 @@ class TrainingConfig:
                 "--enable_fsdp shares out among the cards; --pure_bf16 saves more",
                 name=self.optimizer,
             )
-        if self.use_peft and self.peft_method == "llama_adapter" and self.quantization:
+        if self.method == "llama_adapter" and self.quantization:
             yield _(
                 "--peft_method llama_adapter passes its prompt through the base model's own weights, which PEFT "
                 "can't do over a quantized base: use --peft_method lora, or leave --quantization out"
             )
-        if self.use_peft and self.peft_method != "lora" and self.enable_fsdp:
+        if self.method not in ("full", "lora") and self.enable_fsdp:
             yield _("--enable_fsdp shards LoRA and full fine-tuning only: use --peft_method lora")
 
     def _without_effect(self) -> Iterator[str]:
@@ -219,12 +228,12 @@ class TrainingConfig:
         defaults = type(self)()
         conditions = {
             "peft_method": (self.use_peft, "--use_peft"),
-            "lora_config": (self.use_peft and self.peft_method == "lora", "--use_peft --peft_method lora"),
+            "lora_config": (self.method == "lora", "--use_peft --peft_method lora"),
             "llama_adapter_config": (
-                self.use_peft and self.peft_method == "llama_adapter",
+                self.method == "llama_adapter",
                 "--use_peft --peft_method llama_adapter",
             ),
-            "prefix_config": (self.use_peft and self.peft_method == "prefix", "--use_peft --peft_method prefix"),
+            "prefix_config": (self.method == "prefix", "--use_peft --peft_method prefix"),
             "val_set_size val_batch_size": (self.run_validation, "--run_validation"),
             "gamma": (self.scheduler == "step", "--scheduler step"),
             "warmup_ratio": (self.scheduler == "cosine", "--scheduler cosine"),

@@ -69,7 +69,7 @@ def load_data(
         records, tokenizer, template, config.max_seq_length, report, config.num_workers_dataloader
     )
     # Dropout on a shared prefix would be that of all its examples; a learnt prefix stands before each of them.
-    if not config.lora_config.lora_dropout and config.peft_method != "prefix":
+    if not config.lora_config.lora_dropout and config.method != "prefix":
         examples = share_prefixes(examples)
     if not config.run_validation:
         return Data(examples, [], files.origin)

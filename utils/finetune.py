@@ -10,14 +10,13 @@ from configs.training import TrainingConfig
 from ft_datasets.loading import load_data
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.machine.compiling import check_compiler
 from utils.machine.launch import was_restarted
 from utils.machine.memory import forget_peak, limit_memory
-from utils.machine.precision import choose_precision
 from utils.machine.world import World, check_ranks_agree, check_shared, decide_on_main, sharding_group_size
+from utils.model.adapters import trainable_parameters
 from utils.model.folder import ModelFolder
-from utils.model.fused_layers import why_plain
 from utils.planning.fits import check_memory
+from utils.planning.shape import Shape
 from utils.reports import run as report
 from utils.reports.loss_picture import draw_losses
 from utils.results.saving import save_result
@@ -25,7 +24,9 @@ from utils.runs.description import describe_run, write_training_config
 from utils.runs.folder import hold_folder
 from utils.runs.metrics import Metrics
 from utils.runs.start import find_start, repeated_steps
-from utils.training.optimizer import check_optimizer
+from utils.training.fitting import Fitted, fit
+from utils.training.optimizer import make_optimizer
+from utils.training.setup import Setup
 from utils.training.sharding import whole_tensors
 from utils.training.trainable import load_trainable
 from utils.training.trainer import Trainer
@@ -64,22 +65,26 @@ def fine_tune(
     if start.is_finished:
         return
 
-    check_memory(config, folder, data, world)
+    shape, done = Shape.of(folder.config), start.checkpoint.step if start.checkpoint else 0
+    setup = Setup.of(config, folder.config, world, data, start.schedule, done)
+    check_ranks_agree({"compute dtype": str(setup.precision.compute), "fast layers": not setup.why_plain})
+    check_memory(config, setup, shape)
     limit_memory(world, config.gpu_memory_gb)
-    precision = choose_precision(world.device, config)
-    check_optimizer(config, world.device)
-    check_compiler(config.torch_compile, world.device)
-    fast = not why_plain(config, folder.config, world.device, precision.compute)
-    check_ranks_agree({"compute dtype": str(precision.compute), "fast layers": fast})
-    report.note_on_cards(config, folder, world, precision, data.longest, say)
+    report.note_on_cards(config, setup, shape, say)
     say(_("Loading {folder} …", folder=folder.path))
-    module = load_trainable(config, world, folder, precision)
+    loss_module = load_trainable(config, setup, folder)
 
     if world.device.type == "cuda":
         say(_("Finding the fastest micro-batch that fits (with compilation up to a minute) …"))
-    trainer = Trainer(config, world, module, precision, data, start)
+    optimizer = make_optimizer(trainable_parameters(loss_module.model).values(), config)
+    earlier = Fitted.of_checkpoint(start.checkpoint) if start.checkpoint else None
+    fitted = fit(config, setup, loss_module, optimizer, data.training, earlier)
+    trainer = Trainer(config, setup, loss_module, optimizer, data, start, fitted)
+    if start.checkpoint:
+        trainer.resume(start.checkpoint)
     decide_on_main(world, trainer.check_disk_space)
-    report.before_first_step(trainer, data, say)
+    for line in report.before_first_step(trainer):
+        say(line)
     description = describe_run(config, tokenizer, template, fingerprints["base_model"])
     if world.is_main:
         description["repeated_steps"] = repeated_steps(output, trainer.done)
@@ -89,13 +94,14 @@ def fine_tune(
         trainer.run(metrics)
 
     description["trained_steps"] = trainer.done
-    tensors = whole_tensors(trainer.parameters if config.use_peft else dict(trainer.model.named_parameters()))
+    tensors = whole_tensors(dict(trainer.model.named_parameters()) if config.method == "full" else trainer.parameters)
     if world.is_main:
         if config.save_model:
-            save_result(config, trainer.model, tensors, description, report.model_card(trainer, output))
+            save_result(config, trainer.model, tensors, description, report.card_of_run(trainer, output))
         else:
             write_training_config(output, description)
         draw_losses(output)
     elif config.save_model and config.enable_fsdp:
         collections.deque(tensors, maxlen=0)  # each process has a part in every tensor
-    report.after_last_step(trainer, output, say)
+    for line in report.after_last_step(trainer, output):
+        say(line)

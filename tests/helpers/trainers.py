@@ -29,11 +29,14 @@ def make_trainer(model_folder: Path, output: Path, data: Path | None = None, che
     from ft_datasets.loading import Data, load_data
     from ft_datasets.prompt import PromptTemplate
     from ft_datasets.tokenizer import Tokenizer
-    from utils.machine.precision import choose_precision
     from utils.machine.world import World
+    from utils.model.adapters import trainable_parameters
     from utils.model.folder import ModelFolder
     from utils.rows.schedule import Schedule
     from utils.runs.start import Start
+    from utils.training.fitting import Fitted, fit
+    from utils.training.optimizer import make_optimizer
+    from utils.training.setup import Setup
     from utils.training.trainable import load_trainable
     from utils.training.trainer import Trainer
 
@@ -45,13 +48,20 @@ def make_trainer(model_folder: Path, output: Path, data: Path | None = None, che
         examples = load_data(config, Tokenizer(model_folder), PromptTemplate(), report=lambda _message: None)
     else:
         examples = Data(made_up_examples(), [])
-    world = World(0, 0, 1, [torch.device("cpu")])
-    precision = choose_precision(world.device, config)
-    module = load_trainable(config, world, ModelFolder(model_folder), precision)
+    folder, world = ModelFolder(model_folder), World(0, 0, 1, [torch.device("cpu")])
     schedule = Schedule(
         len(examples.training), config.batch_size_training, config.num_epochs, config.max_steps, config.seed
     )
-    return Trainer(config, world, module, precision, examples, Start(schedule, {}, checkpoint, False, []))
+    setup = Setup.of(config, folder.config, world, examples, schedule, checkpoint.step if checkpoint else 0)
+    module = load_trainable(config, setup, folder)
+    optimizer = make_optimizer(trainable_parameters(module.model).values(), config)
+    earlier = Fitted.of_checkpoint(checkpoint) if checkpoint else None
+    fitted = fit(config, setup, module, optimizer, examples.training, earlier)
+    start = Start(schedule, {}, checkpoint, False, [])
+    trainer = Trainer(config, setup, module, optimizer, examples, start, fitted)
+    if checkpoint:
+        trainer.resume(checkpoint)
+    return trainer
 
 
 def train(trainer) -> list[float]:

@@ -260,10 +260,10 @@ def test_chat_over_a_quantised_base_computes_what_training_did(tiny_model, tmp_p
     assert not causal_lm(engine.model).training
 
     # Packed rows in train(), as a step has them, against each example alone in chat's model.
-    batch = pack(trainer.training, torch.device("cpu"))
+    batch = pack(trainer.data.training, torch.device("cpu"))
     hidden = forward_hidden(trainer.model, batch.input_ids, batch.position_ids, batch.segments)
-    packed = logits(trainer.model, hidden).detach().split([len(example) for example in trainer.training])
-    for example, expected in zip(trainer.training, packed, strict=True):
+    packed = logits(trainer.model, hidden).detach().split([len(example) for example in trainer.data.training])
+    for example, expected in zip(trainer.data.training, packed, strict=True):
         torch.testing.assert_close(
             project_logits(engine.model, example.input_ids.tolist()), expected, rtol=1e-4, atol=1e-4
         )

@@ -23,7 +23,7 @@ def state_of(trainer) -> tuple[dict, dict]:
 
 def poison(trainer, monkeypatch, steps: range, where: str) -> dict[int, tuple]:
     """Spoil the loss or the gradient of some steps (counted from 1); returns the state before each step."""
-    forward, before = trainer.loss_module.forward, {}
+    forward, before = trainer.stepper.loss_module.forward, {}
     parameter = next(iter(trainer.parameters.values()))
 
     def spoilt(batch, scale):
@@ -36,7 +36,7 @@ def poison(trainer, monkeypatch, steps: range, where: str) -> dict[int, tuple]:
             return loss * math.nan
         return loss + (torch.sqrt(parameter.sum() * 0) if where == "gradient" else 0)  # its derivative is infinite
 
-    monkeypatch.setattr(trainer.loss_module, "forward", spoilt)
+    monkeypatch.setattr(trainer.stepper.loss_module, "forward", spoilt)
     return before
 
 
@@ -56,7 +56,7 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
     assert any(not torch.equal(before[3][0][name], before[2][0][name]) for name in weights)  # other steps do move them
 
     line = read_metrics(tmp_path)[2]
-    numbers = [trainer.training[i].number for i in trainer.schedule.indices(2)]
+    numbers = [trainer.data.training[i].number for i in trainer.schedule.indices(2)]
     assert (line["step"], line["skipped"], line["records"]) == (3, True, numbers)
     assert [loss is None for loss in losses] == [False, False, where == "loss", False, False]
     said = capsys.readouterr().out
@@ -67,13 +67,13 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimizer(
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_an_fp16_overflow_is_told_from_a_loss_that_is_not_a_number(tiny_model, tmp_path, monkeypatch, capsys, where):
     trainer = make_trainer(tiny_model, tmp_path, max_steps=4)
-    trainer.loss_scale = LossScale.for_dtype(torch.float16)
+    trainer.stepper.loss_scale = LossScale.for_dtype(torch.float16)
     poison(trainer, monkeypatch, range(2, 3), where)
     train(trainer)
     said = capsys.readouterr().out
     assert ("step 2: fp16 overflow" in said) == (where == "gradient")
     assert ("step 2: the loss or its gradient is not finite" in said) == (where == "loss")
-    assert trainer.loss_scale.value == 2.0**13
+    assert trainer.stepper.loss_scale.value == 2.0**13
 
 
 def test_overflows_that_end_leave_the_run_in_peace_and_those_that_do_not_end_it(tiny_model, tmp_path, monkeypatch):
@@ -109,4 +109,4 @@ def test_a_run_that_goes_on_in_fp16_has_a_loss_scale(tiny_model, tmp_path, monke
     )
     resumed = make_trainer(tiny_model, tmp_path / "resumed", checkpoint=checkpoint, **settings)
     assert resumed.done == 2
-    assert resumed.loss_scale.is_used
+    assert resumed.stepper.loss_scale.is_used

@@ -144,11 +144,11 @@ def test_in_bf16_a_trained_embedding_does_not_change_the_type(tiny_model):
 
 def test_in_bf16_fifty_steps_stay_within_a_per_cent(deep_model, tmp_path, monkeypatch):
     bf16 = Precision(torch.bfloat16, torch.bfloat16, "test")
-    monkeypatch.setattr("utils.machine.precision.choose_precision", lambda *_arguments: bf16)
+    monkeypatch.setattr("utils.training.setup.choose_precision", lambda *_arguments: bf16)
     settings = {"lora_config": LoraConfig(target_modules=["all-linear"]), "max_steps": 50, "lr": 1e-3}
     settings |= {"batch_size_training": 4, "num_epochs": 50}
     expected = train(make_trainer(deep_model, tmp_path / "plain", **settings))
-    monkeypatch.setattr("utils.training.trainable.why_plain", lambda *_arguments: "")
+    monkeypatch.setattr("utils.training.setup.why_plain", lambda *_arguments: "")
     losses = train(make_trainer(deep_model, tmp_path / "fused", **settings))
     assert losses == pytest.approx(expected, rel=0.01)
     assert losses != expected
@@ -168,9 +168,9 @@ def test_a_run_learns_the_same_and_its_adapter_is_plain_pefts(grouped_model, tmp
     }
     plain = make_trainer(grouped_model, tmp_path / "plain", **settings)
     expected = train(plain)
-    monkeypatch.setattr("utils.training.trainable.why_plain", lambda *_arguments: "")
+    monkeypatch.setattr("utils.training.setup.why_plain", lambda *_arguments: "")
     trainer = make_trainer(grouped_model, tmp_path / "fused", **settings)
-    assert trainer.loss_module.fused and not plain.loss_module.fused
+    assert trainer.stepper.loss_module.fused and not plain.stepper.loss_module.fused
     losses = train(trainer)
     assert losses == pytest.approx(expected, rel=1e-5)
     assert losses[-1] < 0.95 * losses[0]

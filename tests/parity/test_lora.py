@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.settings import setup_of
 
 from configs.peft import LoraConfig
 from configs.training import TrainingConfig
@@ -107,8 +108,8 @@ def check_equal(found, expected):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_run_in_16_bits_has_such_layers(grouped_model, tmp_path, dtype):
     config = TrainingConfig(model_name=str(grouped_model), output_dir=str(tmp_path), use_peft=True)
-    world = World(0, 0, 1, [CPU])
-    module = load_trainable(config, world, ModelFolder(grouped_model), Precision(dtype, dtype, ""))
+    setup = setup_of(config, World(0, 0, 1, [CPU]), precision=Precision(dtype, dtype, ""))
+    module = load_trainable(config, setup, ModelFolder(grouped_model))
     forwards = [layer.forward for layer in module.modules() if hasattr(layer, "lora_A")]
     assert forwards
     assert {forward.__module__ == "utils.model.lora_forward" for forward in forwards} == {dtype != torch.float32}

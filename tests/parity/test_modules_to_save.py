@@ -12,7 +12,7 @@ from configs.peft import LoraConfig
 from ft_datasets.prompt import PromptTemplate
 from utils.model.folder import ModelFolder
 from utils.model.weights import load_base_model
-from utils.planning.shape import Shape, adapter_parameters
+from utils.planning.shape import Shape, Trained
 from utils.results.adapter_folder import load_adapter
 from utils.results.merging import merge
 from utils.runs.checkpoint import read_checkpoint
@@ -46,7 +46,7 @@ def test_trained_saved_chatted_with_and_merged_they_compute_the_same(tiny_model,
     norms = {name for name in before if name.endswith("norm.weight")}
     assert whole.keys() == {"model.embed_tokens.weight", "lm_head.weight", *norms}
     assert all((tensor - before[name]).abs().max() > 1e-3 for name, tensor in whole.items())
-    assert adapter_parameters(trainer.config, Shape.of(ModelFolder(tiny_model).config)) == sum(
+    assert Trained.of(trainer.config, Shape.of(ModelFolder(tiny_model).config)).parameters == sum(
         parameter.numel() for parameter in trainer.parameters.values()
     )
 
@@ -81,7 +81,7 @@ def test_their_first_steps_are_the_plain_loops(tiny_model, tmp_path):
     expected = []
     for step in range(RUN["max_steps"]):
         (index,) = trainer.schedule.indices(step)
-        example = trainer.training[index]
+        example = trainer.data.training[index]
         ids, labels = (torch.tensor(numbers).long().unsqueeze(0) for numbers in (example.input_ids, example.labels))
         loss = plain(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()

@@ -130,16 +130,16 @@ def test_bytes_that_the_plan_counts_are_those_of_a_checkpoint(settings):
     )
     config = TrainingConfig(**settings)
     stored = size_of(run_tensors({"weight": parameter}, make_optimizer([parameter], config)))
-    each = BytesEach.of(config)
+    each = BytesEach.of(config.optimizer, config.pure_bf16)
     assert each.gradient == parameter.itemsize
     assert stored / parameter.numel() == pytest.approx(each.weight + each.optimizer, rel=0.01)
 
 
 def test_a_paged_optimizer_is_refused_without_a_card():
     with pytest.raises(UserError, match="adamw_8bit"):
-        check_optimizer(TrainingConfig(optimizer="paged_adamw_8bit"), torch.device("cpu"))
-    check_optimizer(TrainingConfig(optimizer="paged_adamw_8bit"), torch.device("cuda"))
-    check_optimizer(TrainingConfig(optimizer="adamw_8bit"), torch.device("cpu"))
+        check_optimizer("paged_adamw_8bit", torch.device("cpu"))
+    check_optimizer("paged_adamw_8bit", torch.device("cuda"))
+    check_optimizer("adamw_8bit", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

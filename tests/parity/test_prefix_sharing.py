@@ -70,7 +70,7 @@ def test_full_fine_tuning_and_llama_adapter_learn_the_same(grouped_model):
     def base():
         return load_base_model(ModelFolder(grouped_model), torch.float32, [CPU])
 
-    check_equal(ResponseLoss(prepare_full(base(), TrainingConfig()), torch.float32))
+    check_equal(ResponseLoss(prepare_full(base()), torch.float32))
     model = add_adapter(base(), TrainingConfig(use_peft=True, peft_method="llama_adapter"))
     for name, parameter in trainable_parameters(model).items():
         if "gate" in name:
@@ -89,7 +89,7 @@ def test_compiled_layers_take_any_number_of_examples_and_prefixes(grouped_model,
         module = ResponseLoss(model, torch.bfloat16, FusedLayers(model, torch.bfloat16))
     else:
         base = load_base_model(ModelFolder(grouped_model), torch.float32, [CPU])
-        module = ResponseLoss(prepare_full(base, TrainingConfig()), torch.bfloat16)
+        module = ResponseLoss(prepare_full(base), torch.bfloat16)
     module.refresh()
     rows = [(7, 7), (7, 3, 3, 0, 7), (3, 3, 3), (9, 9, 9, 9, 9, 0, 0)]
     expected = [loss_and_gradients(module, examples_with_prefixes(row)) for row in rows]
@@ -116,13 +116,13 @@ def test_a_run_learns_the_same(grouped_model, tmp_path, monkeypatch, data_file, 
         "lora_config": LoraConfig(target_modules=["all-linear"]),
     }  # fmt: skip
     trainer = make_trainer(grouped_model, tmp_path / "shared", data_file, **settings)
-    assert all(example.shared_length > 10 for example in [*trainer.training, *trainer.held_out])
-    losses, held_out = train(trainer), trainer.evaluate()
+    assert all(example.shared_length > 10 for example in [*trainer.data.training, *trainer.data.held_out])
+    losses, held_out = train(trainer), trainer.stepper.evaluate(trainer.data.held_out)
     monkeypatch.setattr("ft_datasets.loading.share_prefixes", list)
     apart = make_trainer(grouped_model, tmp_path / "apart", data_file, **settings)
-    assert not any(example.shared_length for example in apart.training)
+    assert not any(example.shared_length for example in apart.data.training)
     assert losses == pytest.approx(train(apart), rel=1e-5)
-    assert held_out == pytest.approx(apart.evaluate(), rel=1e-5)
+    assert held_out == pytest.approx(apart.stepper.evaluate(apart.data.held_out), rel=1e-5)
     assert losses[-1] < losses[0]
 
 
@@ -131,4 +131,4 @@ def test_where_examples_differ_by_chance_or_have_more_before_them_nothing_is_sha
     tiny_model, tmp_path, data_file, settings
 ):
     trainer = make_trainer(tiny_model, tmp_path, data_file, **settings)
-    assert not any(example.shared_length for example in trainer.training)
+    assert not any(example.shared_length for example in trainer.data.training)

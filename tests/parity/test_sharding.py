@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.command_runs import run_script
 from helpers.runs_together import Case, run_all
+from helpers.settings import setup_of
 from helpers.tiny_models import make_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -23,6 +24,7 @@ from utils.runs.checkpoint import read_checkpoint
 from utils.training.sharding import recover
 from utils.training.trainable import load_trainable
 
+FP32 = Precision(torch.float32, torch.float32, "")
 RUN = "--max_steps 6 --save_steps 2 --save_minutes 0 --keep_checkpoints 9 --lr 1e-3"
 FULL = f"{RUN} --freeze_layers"
 INT8 = f"{RUN} --use_peft --quantization --lora_config.target_modules all-linear"
@@ -74,7 +76,7 @@ def measure_loading(config, world, folder) -> None:
             yield name, tensor
 
     folder.tensors = watched
-    module = load_trainable(config, world, folder, Precision(torch.float32, torch.float32, ""))
+    module = load_trainable(config, setup_of(config, world, precision=FP32), folder)
     kept = sum(getattr(p, "_local_tensor", p).nbytes for p in module.parameters())
     Path(config.output_dir + f".memory-{world.rank}").write_text(json.dumps({"most": most, "kept": kept}))
 
@@ -87,14 +89,15 @@ def note_dtypes(config, world, folder) -> None:
 
     precision = Precision(torch.bfloat16, torch.float32, "")
     batch = pack(made_up_examples()[: 2 + world.rank], world.device)
-    module = load_trainable(config, world, folder, precision)
+    module = load_trainable(config, setup_of(config, world, precision=precision), folder)
     gathered = set()
     for layer in causal_lm(module.model).model.layers:
         layer.register_forward_pre_hook(lambda layer, _args: gathered.update(str(p.dtype) for p in layer.parameters()))
     stored = {str(p.dtype) for p in module.parameters()}
     loss = module(batch, 1.0)
     loss.backward()
-    whole = load_trainable(replace(config, enable_fsdp=False, fsdp_config=FsdpConfig()), world, folder, precision)
+    alone = replace(config, enable_fsdp=False, fsdp_config=FsdpConfig())
+    whole = load_trainable(alone, setup_of(alone, world, precision=precision), folder)
     found = {
         "stored": sorted(stored),
         "gathered": sorted(gathered),
@@ -111,7 +114,7 @@ def break_off(config, world, folder) -> None:
 
     from utils.rows.packing import pack
 
-    module = load_trainable(config, world, folder, Precision(torch.float32, torch.float32, ""))
+    module = load_trainable(config, setup_of(config, world, precision=FP32), folder)
     batch = pack(made_up_examples()[: 2 + world.rank], world.device)
     mlp = causal_lm(module.model).model.layers[1].mlp
 

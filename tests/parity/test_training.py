@@ -1,6 +1,7 @@
 """Training against loops written out with transformers, PEFT and torch alone."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import peft
@@ -55,7 +56,7 @@ def plain_run(model, trainer, steps: int, lr: float, clip: float) -> list[float]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     losses = []
     for step in range(steps):
-        loss = plain_loss(model, [trainer.training[i] for i in trainer.schedule.indices(step)])
+        loss = plain_loss(model, [trainer.data.training[i] for i in trainer.schedule.indices(step)])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, clip)
@@ -106,14 +107,14 @@ def test_lora_losses_are_the_plain_loops_for_every_micro_batch_size(
 def test_rows_that_go_forward_together_give_the_same_losses(tiny_model, lora_losses, tmp_path, monkeypatch):
     """As over several cards, where one card works on a row while the next works on the row before."""
     trainer = make_trainer(tiny_model, tmp_path, batch_size_training=4, max_steps=STEPS, lr=RATE, micro_batch_size=1)
-    trainer.step_plan = trainer.step_plan._replace(rows=3)
+    trainer.stepper.step_plan = trainer.stepper.step_plan._replace(rows=3)
     calls: list[str] = []
 
     def note(_module, _inputs, loss: torch.Tensor) -> None:
         calls.append("forward")
         loss.register_hook(lambda _gradient: calls.append("backward"))
 
-    trainer.loss_module.register_forward_hook(note)
+    trainer.stepper.loss_module.register_forward_hook(note)
     assert train(trainer) == pytest.approx(lora_losses, rel=2e-5)
     assert calls == [*["forward"] * 3, *["backward"] * 3, "forward", "backward"] * STEPS
 
@@ -161,10 +162,10 @@ def test_clipping_off_lets_the_gradient_through(tiny_model, tmp_path):
 
 def test_held_out_loss_is_the_plain_mean_over_its_tokens(tiny_model, data_file, tmp_path):
     trainer = make_trainer(tiny_model, tmp_path, data_file, val_set_size=7, val_batch_size=2)
-    assert len(trainer.held_out) == 7
+    assert len(trainer.data.held_out) == 7
     with torch.no_grad():
-        expected = plain_loss(reference_model(tiny_model), trainer.held_out).item()
-    assert trainer.evaluate() == pytest.approx(expected, rel=2e-5)
+        expected = plain_loss(reference_model(tiny_model), trainer.data.held_out).item()
+    assert trainer.stepper.evaluate(trainer.data.held_out) == pytest.approx(expected, rel=2e-5)
 
 
 @pytest.mark.parametrize("shared_length", [0, 2])
@@ -190,23 +191,22 @@ def test_an_attempt_before_the_first_step_leaves_the_run_as_it_was(tiny_model, t
     settings = {"batch_size_training": 4, "max_steps": 3, "lr": RATE}
     expected = train(make_trainer(tiny_model, tmp_path / "without", **settings))
     trainer = make_trainer(tiny_model, tmp_path / "with", **settings)
-    chosen = trainer.step_plan
+    chosen = trainer.stepper.step_plan
     rows, labels = [], []
-    trainer.loss_module.register_forward_pre_hook(lambda _module, arguments: rows.append(len(arguments[0].input_ids)))
-    trainer.loss_module.register_forward_pre_hook(lambda _module, arguments: labels.append(len(arguments[0].label_ids)))
-    longest_first = sorted(trainer.training, key=len, reverse=True)
+    module = trainer.stepper.loss_module
+    module.register_forward_pre_hook(lambda _module, arguments: rows.append(len(arguments[0].input_ids)))
+    module.register_forward_pre_hook(lambda _module, arguments: labels.append(len(arguments[0].label_ids)))
+    longest_first = sorted(trainer.data.training, key=len, reverse=True)
     parameters = list(trainer.parameters.values())
-    trials = Trials(
-        trainer.config, trainer.world, trainer.loss_module, parameters, trainer.optimizer, longest_first,
-        trainer._pack, StepTokens(10_000, 10_000, 0),
-    )  # fmt: skip
+    setup = replace(trainer.setup, step=StepTokens(10_000, 10_000, 0))
+    trials = Trials(trainer.config, setup, module, trainer.optimizer, longest_first)
     tokens = len(longest_first[0]) + len(longest_first[1])
     trials.attempt(StepPlan(tokens, 1), tokens + 3, rows=2)
     assert rows == [tokens + 3] * 2
     assert labels == [tokens - 2] * 2  # no row of the run has more
     assert all(parameter.grad is None for parameter in parameters)
     assert all(trainer.optimizer.state[parameter]["exp_avg"].eq(0).all() for parameter in parameters)
-    trainer.step_plan = chosen
+    trainer.stepper.step_plan = chosen
     assert train(trainer) == expected
 
 
@@ -217,7 +217,7 @@ def test_recomputed_activations_give_the_same_gradients(tiny_model, tmp_path, us
     for name, parameter in trainer.parameters.items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(len(name)))
-    batch = pack(trainer.training[:4], CPU)
+    batch = pack(trainer.data.training[:4], CPU)
     layers = causal_lm(trainer.model).model.layers
     calls: list[int] = []
     for index, layer in enumerate(layers):
@@ -225,8 +225,8 @@ def test_recomputed_activations_give_the_same_gradients(tiny_model, tmp_path, us
 
     def gradients(kept: int) -> dict[str, torch.Tensor]:
         calls.clear()
-        trainer.step_plan = StepPlan(len(batch.input_ids), kept)
-        trainer.loss_module(batch, 0.01).backward()
+        trainer.stepper.step_plan = StepPlan(len(batch.input_ids), kept)
+        trainer.stepper.loss_module(batch, 0.01).backward()
         found = {name: parameter.grad for name, parameter in trainer.parameters.items()}
         trainer.optimizer.zero_grad(set_to_none=True)
         return found
@@ -315,9 +315,8 @@ def test_every_adapter_learns_and_computes_the_same_in_peft_itself(request, tmp_
         expected = plain(input_ids=torch.tensor([SEQUENCE])).logits[0]
         untrained = reference_model(folder)(torch.tensor([SEQUENCE])).logits[0]
         # What the trainer minimised over packed examples is what PEFT computes over each one alone.
-        trainer.held_out = trainer.training
-        alone = plain_loss(lambda ids: plain(input_ids=ids), trainer.training).item()
-        assert trainer.evaluate() == pytest.approx(alone, rel=1e-4)
+        alone = plain_loss(lambda ids: plain(input_ids=ids), trainer.data.training).item()
+        assert trainer.stepper.evaluate(trainer.data.training) == pytest.approx(alone, rel=1e-4)
     torch.testing.assert_close(trained, expected, rtol=1e-3, atol=1e-3)
     assert (expected - untrained).abs().max() > 0.1
 

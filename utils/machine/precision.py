@@ -34,7 +34,7 @@ def choose_precision(device: torch.device, config: TrainingConfig) -> Precision:
     if not config.mixed_precision:
         compute, reason = torch.float32, "--mixed_precision False"
     # Weights that are trained stay in fp32: small updates would vanish in 16 bits.
-    return Precision(compute, compute if config.use_peft else torch.float32, reason)
+    return Precision(compute, torch.float32 if config.method == "full" else compute, reason)
 
 
 def half_precision(device: torch.device, use_fp16: bool = False) -> tuple[torch.dtype, str]:

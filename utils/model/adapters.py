@@ -26,7 +26,7 @@ def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
 
     torch.manual_seed(config.seed)
     layers = len(causal_lm(model).model.layers)
-    if config.peft_method == "lora":
+    if config.method == "lora":
         settings = config.lora_config
         targets = settings.target_modules
         _check_targets(model, targets)
@@ -39,7 +39,7 @@ def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
             modules_to_save=settings.modules_to_save or None,
             task_type="CAUSAL_LM",
         )
-    elif config.peft_method == "llama_adapter":
+    elif config.method == "llama_adapter":
         if model.config.model_type not in ("llama", "mistral"):
             raise UserError(
                 _(
@@ -59,7 +59,7 @@ def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
             num_virtual_tokens=config.prefix_config.num_virtual_tokens, task_type="CAUSAL_LM"
         )
     adapted = peft.get_peft_model(model, peft_config)
-    if config.peft_method == "lora":
+    if config.method == "lora":
         _draw_lora(adapted, config.seed)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -125,12 +125,21 @@ def _check_modules_to_save(model: nn.Module, names: list[str]) -> None:
         )
 
 
-def prepare_full(model: nn.Module, config: TrainingConfig) -> nn.Module:
-    """Make all weights trainable, but for the layers that --freeze_layers keeps."""
+def make_trainable(model: nn.Module, config: TrainingConfig) -> nn.Module:
+    """A base model made ready to be trained by a run's method: with an adapter over it, or itself.
+
+    Raises:
+        UserError: the adapter does not fit this model.
+    """
+    return prepare_full(model, config.frozen_layers) if config.method == "full" else add_adapter(model, config)
+
+
+def prepare_full(model: nn.Module, frozen_layers: int | None = None) -> nn.Module:
+    """Make all weights of a model trainable, but for so many of its first layers and the embeddings (None = all)."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    if config.freeze_layers:
-        for module in [model.get_input_embeddings(), *model.model.layers[: config.num_freeze_layers]]:
+    if frozen_layers is not None:
+        for module in [model.get_input_embeddings(), *model.model.layers[:frozen_layers]]:
             module.requires_grad_(False)
     return model
 

@@ -34,7 +34,7 @@ def why_plain(config: TrainingConfig, model: dict[str, Any], device: torch.devic
         return _("it needs bf16 or fp16 on an NVIDIA card, a P100 or newer")
     if model["model_type"] not in MODEL_TYPES or model.get("hidden_act", "silu") not in ("silu", "swish"):
         return _("it does not know models of the type {type}", type=model["model_type"])
-    if not config.use_peft or config.peft_method != "lora":
+    if config.method != "lora":
         return _("it is for LoRA over frozen weights")
     if config.lora_config.lora_dropout:
         return _("it has no dropout (--lora_config.lora_dropout 0)")

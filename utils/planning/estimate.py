@@ -5,18 +5,15 @@ docs/benchmarks.md sets estimates beside measurements; every run on a GPU prints
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from configs.training import TrainingConfig
-from utils.machine.world import sharding_group_size
 from utils.model.decoder import causal_lm
-from utils.planning.layer_memory import LAYERS, Kind, has_wide_stream, kind_of
-from utils.planning.shape import BytesEach, Shape, adapter_parameters, trained_modules
+from utils.planning.layer_memory import LAYER_MEMORY
+from utils.planning.shape import Layout, Shape
 from utils.training.loss import CHUNK
+from utils.training.setup import LayerKind, Setup
 from utils.training.step_plan import StepPlan
-
-if TYPE_CHECKING:
-    from utils.training.trainer import Trainer
+from utils.training.trainer import Trainer
 
 WORKSPACES = 0.07e9
 """What cuBLAS takes from torch's allocator (the CUDA context lies outside of it)."""
@@ -64,108 +61,113 @@ class Estimate:
         return self.peak + FRAGMENTATION * (self.peak - self.fixed)
 
 
-def estimate(
-    config: TrainingConfig,
-    shape: Shape,
-    compute_bytes: int,
-    kind: Kind,
-    step_plan: StepPlan,
-    cards: int = 1,
-    shards: int = 1,
-    step: float = math.inf,
-) -> Estimate:
-    """Memory of one process.
+def estimate(layout: Layout, kind: LayerKind, step_plan: StepPlan, step: float = math.inf) -> Estimate:
+    """Memory of one process; of several cards the last is meant, which has the head and the layers that keep most.
 
     Args:
         kind: how layers are computed.
         step_plan: whose full rows are meant.
-        cards: over which the process lays the layers; the estimate is for the last, which has the head and the layers
-            that keep most.
-        shards: processes that share weights, gradients and optimizer out (FSDP; see sharding_group_size).
         step: the process's tokens of a step: where they are one micro-batch, gradients come only while activations go.
     """
-    weights, trained, layers, copy = _held(config, shape, compute_bytes, cards)
-    gathered, in_transit = _in_passing(config, shape, compute_bytes) if config.enable_fsdp else (0.0, 0.0)
-    each, layer = BytesEach.of(config), LAYERS[kind](config, shape, compute_bytes)
-    rows, tokens, kept = step_plan.rows, step_plan.token_budget, min(step_plan.kept_layers, layers)
-    in_transfer = min(1, step_plan.offloads(layers - kept))  # the last offloaded layer's, when the forward pass ends
-    activations = rows * tokens * ((kept + in_transfer) * layer.kept + (layers - kept) * layer.recomputed)
+    each, layer, held = layout.each, LAYER_MEMORY[kind](layout), _held(layout)
+    gathered, in_transit = _in_passing(layout) if layout.is_sharded else (0.0, 0.0)
+    rows, tokens, kept = step_plan.rows, step_plan.token_budget, min(step_plan.kept_layers, held.layers)
+    in_transfer = min(
+        1, step_plan.offloads(held.layers - kept)
+    )  # of the last offloaded layer, as the forward pass ends
+    activations = rows * tokens * ((kept + in_transfer) * layer.kept + (held.layers - kept) * layer.recomputed)
     temporary = tokens * layer.temporary + layer.weights + gathered
     # Layers that recompute come last in the backward pass, when those that kept theirs have let go of them.
-    again = tokens * layer.kept + copy if kept < layers else 0.0
-    # The last norm's input and output and what it keeps, the labelled rows and their gradient; logits of a chunk and
-    # their gradient, both also in fp32 (compiled, not at the same time); the gradient of the head, and its copy.
-    of_norm = 12 + 2 * compute_bytes if has_wide_stream(config, shape, compute_bytes) else 4 + 3 * compute_bytes
-    of_chunk = 8.0 if kind.startswith("compiled") else 8.0 + 2 * compute_bytes
-    logits = rows * tokens * shape.hidden * of_norm + of_chunk * CHUNK * shape.vocabulary + gathered
-    if "lm_head" in trained_modules(config, shape):
-        logits += (4 + compute_bytes * (compute_bytes < each.weight)) * shape.head_weights
-    on_card = each.weight + each.gradient + (0.0 if config.optimizer.startswith("paged") else each.optimizer)
-    trained /= shards
-    unmade = 0.0 if step > rows * tokens else each.gradient * trained
-    if config.enable_fsdp and config.fsdp_config.fsdp_cpu_offload:
-        weights = trained = unmade = 0.0  # they lie in host memory
+    again = tokens * layer.kept + held.layer_copy if kept < held.layers else 0.0
+    logits = _logits(layout, kind, rows * tokens) + gathered
+    trained = held.trained / layout.shards
+    weights, unmade = held.frozen / layout.shards, each.gradient * trained if step <= rows * tokens else 0.0
+    if layout.rests_on_host:
+        weights = trained = unmade = 0.0
+    on_card = each.weight + each.gradient + (0.0 if layout.pages_optimizer else each.optimizer)
     return Estimate(
-        weights / shards,
-        on_card * trained,
-        activations + copy * kept,
-        temporary if kept else temporary + again,
-        max(logits, copy * (layers - kept)),
-        unmade,
-        temporary + again + in_transit,
+        weights=weights,
+        trained=on_card * trained,
+        activations=activations + held.layer_copy * kept,
+        temporary=temporary if kept else temporary + again,
+        logits=max(logits, held.layer_copy * (held.layers - kept)),
+        unmade=unmade,
+        last=temporary + again + in_transit,
     )
 
 
-def _stored(config: TrainingConfig, compute_bytes: int) -> float:
-    """Bytes of a frozen base's weight in a linear layer of the decoder."""
-    return {"8bit": 1.0, "4bit": 0.5 + 1 / 64 + 4 / (64 * 256)}.get(config.quantization or "", float(compute_bytes))
+@dataclass(frozen=True)
+class _Held:
+    """What the last of a process's cards holds, before it is shared out among processes.
+
+    Attributes:
+        frozen: bytes of frozen weights.
+        trained: parameters.
+        layers: those with a backward pass.
+        layer_copy: bytes of the copy in the compute dtype that each of them has until its backward pass.
+    """
+
+    frozen: float
+    trained: float
+    layers: int
+    layer_copy: float
 
 
-def _held(config: TrainingConfig, shape: Shape, compute_bytes: int, cards: int) -> tuple[float, float, int, float]:
-    """What the last of a process's cards holds, shared out with nobody: bytes of frozen weights, trained parameters,
-    layers with a backward pass, and bytes of each one's copy until then."""
-    here = math.ceil(shape.layers / cards)
-    others = shape.other_weights if cards == 1 else shape.head_weights
-    if config.use_peft:
-        weights = _stored(config, compute_bytes) * here * shape.layer_weights + compute_bytes * others
-        return weights, adapter_parameters(config, shape) * here / shape.layers, here, 0.0
-    frozen_layers = max(0, config.num_freeze_layers - (shape.layers - here)) if config.freeze_layers else 0
-    frozen = frozen_layers * shape.layer_weights
-    if config.freeze_layers and cards == 1:
-        frozen += shape.head_weights  # the embedding
+def _held(layout: Layout) -> _Held:
+    shape, run = layout.shape, layout.trained
+    here = math.ceil(shape.layers / layout.cards)
+    others = shape.other_weights if layout.cards == 1 else shape.head_weights
+    if run.is_adapter:
+        frozen = layout.stored_bytes * here * shape.layer_weights + layout.compute_bytes * others
+        return _Held(frozen, run.parameters * here / shape.layers, here, 0.0)
+    frozen_layers = frozen = 0
+    if run.frozen_layers is not None:
+        frozen_layers = max(0, run.frozen_layers - (shape.layers - here))
+        embedding = shape.head_weights if layout.cards == 1 else 0
+        frozen = frozen_layers * shape.layer_weights + embedding
     trained = here * shape.layer_weights + others - frozen
     # Of wider weights autocast makes copies in the compute dtype. (FSDP gathers the layers' in that dtype instead.)
-    weight = BytesEach.of(config).weight
-    is_copied = compute_bytes < weight and not config.enable_fsdp
-    return weight * frozen, trained, here - frozen_layers, compute_bytes * is_copied * shape.layer_weights
+    is_copied = layout.is_narrowed and not layout.is_sharded
+    copy = layout.compute_bytes * shape.layer_weights if is_copied else 0.0
+    return _Held(layout.each.weight * frozen, trained, here - frozen_layers, copy)
 
 
-def _in_passing(config: TrainingConfig, shape: Shape, compute_bytes: int) -> tuple[float, float]:
+def _logits(layout: Layout, kind: LayerKind, tokens: int) -> float:
+    """Bytes that the end of the forward pass takes over so many tokens."""
+    shape, c = layout.shape, layout.compute_bytes
+    # The last norm's input and output and what it keeps, the labelled rows and their gradient; logits of a chunk and
+    # their gradient, both also in fp32 (compiled, not at the same time); the gradient of the head, and its copy.
+    of_norm = 12 + 2 * c if layout.has_wide_stream else 4 + 3 * c
+    of_chunk = 8.0 if kind.startswith("compiled") else 8.0 + 2 * c
+    logits = tokens * shape.hidden * of_norm + of_chunk * CHUNK * shape.vocabulary
+    if "lm_head" in layout.trained.modules:
+        logits += (4 + (c if layout.is_narrowed else 0)) * shape.head_weights
+    return logits
+
+
+def _in_passing(layout: Layout) -> tuple[float, float]:
     """Bytes of weights that FSDP has gathered, and of gradients that it is about to share out.
 
     Embedding and head lie gathered all the time, as they are stored, and of the layers one and the next, or all
     (SHARD_GRAD_OP). Gradients are whole as the backward pass makes them and in fp32: a layer's, or the others' when no
     layer is left.
     """
-    each = BytesEach.of(config)
-    at_once = shape.layers if config.fsdp_config.sharding_strategy == "SHARD_GRAD_OP" else 2
-    layers = at_once * _stored(config, compute_bytes) * shape.layer_weights
-    if config.use_peft:
-        return compute_bytes * shape.other_weights + layers, 0.0
+    shape, each = layout.shape, layout.each
+    at_once = shape.layers if layout.gathers_all_layers else 2
+    layers = at_once * layout.stored_bytes * shape.layer_weights
+    if layout.trained.is_adapter:
+        return layout.compute_bytes * shape.other_weights + layers, 0.0
     of_others = (each.gradient + 4) * shape.other_weights - layers
-    return each.weight * shape.other_weights + layers, max((compute_bytes + 4) * shape.layer_weights, of_others)
+    return each.weight * shape.other_weights + layers, max((layout.compute_bytes + 4) * shape.layer_weights, of_others)
 
 
-def estimate_of_run(trainer: "Trainer") -> Estimate:
+def laid_out(config: TrainingConfig, setup: Setup, shape: Shape) -> Layout:
+    """How a run with these settings, or a variant of it, lies on the cards of a setup."""
+    return Layout.of(config, shape, setup.precision.compute.itemsize, len(setup.world.devices), setup.shards)
+
+
+def estimate_of_run(trainer: Trainer) -> Estimate:
     """The estimate for what a run has settled on."""
-    model, config = causal_lm(trainer.model), trainer.config
-    return estimate(
-        config,
-        Shape.of(model.config.to_dict()),
-        trainer.precision.compute.itemsize,
-        kind_of(trainer.loss_module.fused is not None, trainer.compiles),
-        trainer.step_plan,
-        cards=len(trainer.world.devices),
-        shards=sharding_group_size(config.fsdp_config, trainer.world.size) if config.enable_fsdp else 1,
-        step=trainer.largest_step,
-    )
+    setup, shape = trainer.setup, Shape.of(causal_lm(trainer.model).config.to_dict())
+    layout = laid_out(trainer.config, setup, shape)
+    return estimate(layout, setup.layer_kind, trainer.stepper.step_plan, setup.step.largest)

@@ -9,36 +9,28 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.quantization import Quantization
 from configs.training import TrainingConfig
-from ft_datasets.loading import Data
-from utils.machine.precision import choose_precision
-from utils.machine.world import World, sharding_group_size
-from utils.model.folder import ModelFolder
-from utils.planning.estimate import Estimate, estimate
+from utils.planning.estimate import Estimate, estimate, laid_out
 from utils.planning.shape import Shape
+from utils.training.setup import Setup
 from utils.training.step_plan import StepPlan
 
 
-def check_memory(config: TrainingConfig, folder: ModelFolder, data: Data, world: World) -> None:
+def check_memory(config: TrainingConfig, setup: Setup, shape: Shape) -> None:
     """Refuse, before anything is loaded, a run whose weights alone do not fit on the cards.
 
     Raises:
         UserError: with the least that would do, for each way to hold the base model.
     """
-    if world.device.type == "cuda":
-        total = min(torch.cuda.get_device_properties(device).total_memory for device in world.devices)
-        limit = min(config.gpu_memory_gb * 1e9 or math.inf, total)
-        compute_bytes = choose_precision(world.device, config).compute.itemsize
-        refuse_too_little(config, Shape.of(folder.config), compute_bytes, data.longest, limit, world)
+    if setup.world.device.type == "cuda":
+        total = min(torch.cuda.get_device_properties(device).total_memory for device in setup.world.devices)
+        refuse_too_little(config, setup, shape, min(config.gpu_memory_gb * 1e9 or math.inf, total))
 
 
-def refuse_too_little(
-    config: TrainingConfig, shape: Shape, compute_bytes: int, longest: int, limit: float, world: World
-) -> None:
-    """As check_memory, for cards of `limit` bytes and a longest example of `longest` tokens."""
-    shards = sharding_group_size(config.fsdp_config, world.size) if config.enable_fsdp else 1
+def refuse_too_little(config: TrainingConfig, setup: Setup, shape: Shape, limit: float) -> None:
+    """As check_memory, for cards of `limit` bytes."""
 
     def least(variant: TrainingConfig) -> Estimate:
-        return estimate(variant, shape, compute_bytes, "plain", StepPlan(longest, 0), len(world.devices), shards)
+        return estimate(laid_out(variant, setup, shape), "plain", StepPlan(setup.longest, 0))
 
     if (fixed := least(config).fixed) <= limit:
         return
@@ -59,9 +51,9 @@ def refuse_too_little(
 
 def variants(config: TrainingConfig) -> list[tuple[str, TrainingConfig]]:
     """The same run with the base model held in each way, by name; of a full fine-tuning also LoRA instead."""
-    found = [] if config.use_peft else [(_("full fine-tuning"), config)]
+    found = [] if config.method != "full" else [(_("full fine-tuning"), config)]
     adapted = replace(config, use_peft=True, freeze_layers=False, num_freeze_layers=1, pure_bf16=False)
-    if adapted.peft_method == "llama_adapter":  # can't be quantised
+    if adapted.method == "llama_adapter":  # can't be quantised
         return [*found, ("16 bit", adapted)]
     choices: tuple[Quantization | None, ...] = (None, "8bit", "4bit")
     names = [f"--quantization {choice}" if choice else "16 bit" for choice in choices]

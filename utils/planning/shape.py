@@ -1,9 +1,10 @@
-"""A model's numbers, and how many of its parameters a run trains, known before anything is loaded."""
+"""A model's numbers, which of its parameters a run trains, and how both lie on the cards: known before any loading."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from configs.peft import ALL_LINEAR
+from configs.peft import ALL_LINEAR, LoraConfig
+from configs.quantization import Quantization
 from configs.training import TrainingConfig
 
 
@@ -78,50 +79,63 @@ class Shape:
         return self.head_weights * (1 if self.tied else 2) + (2 * self.layers + 1) * self.hidden
 
 
-def trained_parameters(config: TrainingConfig, shape: Shape) -> int:
-    """How many parameters are trained."""
-    if config.use_peft:
-        return adapter_parameters(config, shape)
-    frozen = 0
-    if config.freeze_layers:
-        frozen = config.num_freeze_layers * (shape.layer_weights + 2 * shape.hidden) + shape.head_weights
-    return shape.decoder_weights + shape.other_weights - frozen
+@dataclass(frozen=True)
+class Trained:
+    """Which of a model's parameters a run trains.
 
+    Attributes:
+        is_adapter: they lie over a frozen base model.
+        parameters: how many there are.
+        modules: names of the modules that are trained (in layers that are not frozen), or have a LoRA.
+        lora: the linear layers of a decoder layer that have a LoRA.
+        rank: theirs.
+        has_dropout: their inputs have.
+        frozen_layers: decoder layers that a full fine-tuning leaves as they are, with the embedding; None = it trains
+            all.
+    """
 
-def adapter_parameters(config: TrainingConfig, shape: Shape) -> int:
-    """Trainable parameters of the chosen adapter."""
-    if config.peft_method == "prefix":
-        return config.prefix_config.num_virtual_tokens * shape.layers * 2 * shape.key_value
-    if config.peft_method == "llama_adapter":
-        settings = config.llama_adapter_config
-        return min(settings.adapter_layers, shape.layers) * (settings.adapter_len * shape.hidden + 1)
-    linears = shape.linears()
-    lora = shape.layers * config.lora_config.r * sum(sum(linears[name]) for name in lora_targets(config, shape))
-    embedding, norm = shape.vocabulary * shape.hidden, shape.layers * shape.hidden
-    whole = {
-        "embed_tokens": embedding,
-        "lm_head": embedding,
-        "norm": 2 * norm + shape.hidden,
-        "input_layernorm": norm,
-        "post_attention_layernorm": norm,
-    }
-    return lora + sum(whole.get(name, 0) for name in config.lora_config.modules_to_save)
+    is_adapter: bool
+    parameters: int
+    modules: frozenset[str]
+    lora: tuple[str, ...] = ()
+    rank: int = 0
+    has_dropout: bool = False
+    frozen_layers: int | None = None
 
+    @classmethod
+    def of(cls, config: TrainingConfig, shape: Shape) -> "Trained":
+        """By the settings of a run."""
+        if config.method == "full":
+            frozen, count = config.frozen_layers, shape.decoder_weights + shape.other_weights
+            if frozen is not None:
+                count -= frozen * (shape.layer_weights + 2 * shape.hidden) + shape.head_weights
+            modules = frozenset({*shape.linears(), "norm", "lm_head", "embed_tokens"})
+            return cls(False, count, modules, frozen_layers=frozen)
+        if config.method == "prefix":
+            count = config.prefix_config.num_virtual_tokens * shape.layers * 2 * shape.key_value
+            return cls(True, count, frozenset())
+        if config.method == "llama_adapter":
+            settings = config.llama_adapter_config
+            count = min(settings.adapter_layers, shape.layers) * (settings.adapter_len * shape.hidden + 1)
+            return cls(True, count, frozenset())
+        return cls._lora(config.lora_config, shape)
 
-def trained_modules(config: TrainingConfig, shape: Shape) -> set[str]:
-    """Names of the modules that are trained (in layers that are not frozen), or have a LoRA."""
-    if config.use_peft:
-        whole = config.lora_config.modules_to_save if config.peft_method == "lora" else []
-        return {*lora_targets(config, shape), *whole}
-    return {*shape.linears(), "norm", "lm_head", "embed_tokens"}
-
-
-def lora_targets(config: TrainingConfig, shape: Shape) -> list[str]:
-    """The linear layers of a decoder layer that have a LoRA."""
-    if not config.use_peft or config.peft_method != "lora":
-        return []
-    chosen = config.lora_config.target_modules
-    return [name for name in shape.linears() if name in chosen or ALL_LINEAR in chosen]
+    @classmethod
+    def _lora(cls, settings: LoraConfig, shape: Shape) -> "Trained":
+        chosen, linears = settings.target_modules, shape.linears()
+        targets = tuple(name for name in linears if name in chosen or ALL_LINEAR in chosen)
+        embedding, norm = shape.head_weights, shape.layers * shape.hidden
+        whole = {
+            "embed_tokens": embedding,
+            "lm_head": embedding,
+            "norm": 2 * norm + shape.hidden,
+            "input_layernorm": norm,
+            "post_attention_layernorm": norm,
+        }
+        count = shape.layers * settings.r * sum(sum(linears[name]) for name in targets)
+        count += sum(whole.get(name, 0) for name in settings.modules_to_save)
+        modules = frozenset({*targets, *settings.modules_to_save})
+        return cls(True, count, modules, targets, settings.r, bool(settings.lora_dropout))
 
 
 @dataclass(frozen=True)
@@ -133,8 +147,71 @@ class BytesEach:
     optimizer: float
 
     @classmethod
-    def of(cls, config: TrainingConfig) -> "BytesEach":
-        """By --pure_bf16 and --optimizer."""
-        weight = 2.0 if config.pure_bf16 else 4.0
+    def of(cls, optimizer: str, pure_bf16: bool) -> "BytesEach":
+        """By the settings --optimizer and --pure_bf16."""
+        weight = 2.0 if pure_bf16 else 4.0
         # Two moments: in fp32, or in 8 bits with an fp32 scale for every 256 numbers.
-        return cls(weight, weight, 8.0 if config.optimizer == "adamw" else 2 + 2 * 4 / 256)
+        return cls(weight, weight, 8.0 if optimizer == "adamw" else 2 + 2 * 4 / 256)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run lies on its cards: all that memory depends on, but for the step plan.
+
+    Attributes:
+        each: bytes of a trained parameter.
+        compute_bytes: of a number in the dtype that the run computes in.
+        quantization: how the decoder's frozen linear layers are held.
+        pages_optimizer: the optimizer's state leaves a card that is full.
+        cards: over which a process lays the layers.
+        shards: processes that share weights, gradients and optimizer out.
+        is_sharded: by FSDP (which one process may use as well).
+        gathers_all_layers: their weights stay whole until the backward pass is over (SHARD_GRAD_OP).
+        rests_on_host: shards and optimizer lie in host memory.
+    """
+
+    shape: Shape
+    trained: Trained
+    each: BytesEach
+    compute_bytes: int
+    quantization: Quantization | None
+    pages_optimizer: bool
+    cards: int
+    shards: int
+    is_sharded: bool
+    gathers_all_layers: bool
+    rests_on_host: bool
+
+    @classmethod
+    def of(cls, config: TrainingConfig, shape: Shape, compute_bytes: int, cards: int = 1, shards: int = 1) -> "Layout":
+        """By the settings of a run; see Setup for what it has decided."""
+        return cls(
+            shape,
+            Trained.of(config, shape),
+            BytesEach.of(config.optimizer, config.pure_bf16),
+            compute_bytes,
+            config.quantization,
+            pages_optimizer=config.optimizer.startswith("paged"),
+            cards=cards,
+            shards=shards,
+            is_sharded=config.enable_fsdp,
+            gathers_all_layers=config.fsdp_config.sharding_strategy == "SHARD_GRAD_OP",
+            rests_on_host=config.enable_fsdp and config.fsdp_config.fsdp_cpu_offload,
+        )
+
+    @property
+    def stored_bytes(self) -> float:
+        """Of a frozen weight in a linear layer of the decoder."""
+        if self.quantization == "4bit":
+            return 0.5 + 1 / 64 + 4 / (64 * 256)
+        return 1.0 if self.quantization == "8bit" else float(self.compute_bytes)
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether the compute dtype is narrower than the trained weights."""
+        return self.compute_bytes < self.each.weight
+
+    @property
+    def has_wide_stream(self) -> bool:
+        """Whether the residual stream of the plain layers is fp32, as the embedding is that is trained."""
+        return self.is_narrowed and "embed_tokens" in self.trained.modules

@@ -13,7 +13,7 @@ from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.machine.world import World
-from utils.model.adapters import add_adapter, prepare_full
+from utils.model.adapters import make_trainable
 from utils.model.folder import ModelFolder
 from utils.model.weights import empty_base_model
 from utils.results.model_card import model_card
@@ -39,13 +39,13 @@ def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> Trai
         raise UserError(
             _("{folder} is not empty. Give another --consolidated_model_path, or remove it.", folder=output)
         )
-    if config.use_peft and config.peft_method != "lora":
+    if config.method not in ("full", "lora"):
         raise UserError(
             _(
                 "{path} is a checkpoint of --peft_method {method}; LoRA and full fine-tuning can be converted. Go on "
                 "with its run instead: the run saves its adapter when it ends.",
                 path=checkpoint.path,
-                method=config.peft_method,
+                method=config.method,
             )
         )
     tokenizer, template = Tokenizer(base.path), PromptTemplate()
@@ -67,7 +67,7 @@ def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> Trai
             )
     # fp32, as the run trains; nothing is loaded into this model, it tells names and shapes.
     model = empty_base_model(base, torch.float32)
-    model = add_adapter(model, config) if config.use_peft else prepare_full(model, config)
+    model = make_trainable(model, config)
     description = describe_run(config, tokenizer, template, fingerprint)
     description["trained_steps"] = checkpoint.step
     facts = {_("base model"): f"`{config.model_name}`", _("steps"): str(checkpoint.step)}

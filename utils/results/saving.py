@@ -37,7 +37,7 @@ def save_result(
     staging = folder / UNFINISHED
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    if config.use_peft:
+    if config.method != "full":
         model.save_pretrained(str(staging), state_dict=dict(tensors))
     else:
         base = Path(config.model_name)

@@ -30,18 +30,18 @@ def learning_rate(step: int, config: TrainingConfig, schedule: Schedule) -> floa
     return config.lr * (LAST_SHARE + (1 - LAST_SHARE) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def check_optimizer(config: TrainingConfig, device: torch.device) -> None:
+def check_optimizer(name: str, device: torch.device) -> None:
     """Refuse an optimizer that a device can't run.
 
     Raises:
         UserError: a paged one without an NVIDIA card.
     """
-    if config.optimizer.startswith("paged") and device.type != "cuda":
+    if name.startswith("paged") and device.type != "cuda":
         raise UserError(
             _(
                 "--optimizer {name} moves between a card's memory and the host's, and there is no card here: use "
                 "--optimizer adamw_8bit.",
-                name=config.optimizer,
+                name=name,
             )
         )
 
@@ -63,7 +63,9 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -
             parameters, **settings
         )
 
-    return StochasticRounding(list(parameters), make, config) if config.pure_bf16 else make(list(parameters))
+    if config.pure_bf16:
+        return StochasticRounding(list(parameters), make, config.lr, config.seed)
+    return make(list(parameters))
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:
@@ -94,16 +96,19 @@ class StochasticRounding(torch.optim.Optimizer):
     Args:
         parameters: bf16 weights, whole or sharded by FSDP.
         make: makes the optimizer for the fp32 copies of the weights.
+        lr: its learning rate.
+        seed: the run's.
     """
 
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
         make: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
-        config: TrainingConfig,
+        lr: float,
+        seed: int,
     ) -> None:
-        super().__init__(parameters, {"lr": config.lr})
-        self.seed = config.seed
+        super().__init__(parameters, {"lr": lr})
+        self.seed = seed
         self.exact = []
         for parameter in parameters:
             self.exact.append(nn.Parameter(torch.empty_like(parameter, dtype=torch.float32)))

@@ -1,170 +1,92 @@
 """The training loop: steps, evaluations, checkpoints, and an end that loses nothing."""
 
-import contextlib
 import gc
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
-from configs.errors import Interrupted, UserError, out_of_memory
+from configs.errors import Interrupted, UserError
 from configs.messages import _
 from configs.training import TrainingConfig
-from ft_datasets.examples import Example
 from ft_datasets.loading import Data
-from utils.machine.compiling import should_compile
-from utils.machine.memory import give_back, peak_memory_gb
-from utils.machine.precision import Precision
-from utils.machine.world import World, barrier, sum_across, sum_gradients, total_across
+from utils.machine.memory import peak_memory_gb
+from utils.machine.world import barrier
 from utils.model.adapters import trainable_parameters
-from utils.model.decoder import causal_lm
-from utils.rows.packing import PackedBatch, heaviest_first, pack, share_out, tokens_of_a_step
-from utils.rows.schedule import seed_of
-from utils.runs import checkpoint as checkpoints
-from utils.runs.checkpoint import Checkpoint
+from utils.runs.checkpoint import Checkpoint, Saver, load_tensors, size_of
 from utils.runs.metrics import Metrics
 from utils.runs.progress import Progress
 from utils.runs.start import Start
+from utils.training.fitting import Fitted
 from utils.training.interruptions import Interruptions
 from utils.training.loss_scale import LossScale
 from utils.training.loss_watch import LossWatch
-from utils.training.optimizer import gradient_norm, learning_rate, make_optimizer, run_tensors, step_if_finite
+from utils.training.optimizer import learning_rate, run_tensors
 from utils.training.response_loss import ResponseLoss
-from utils.training.search import Search
-from utils.training.sharding import is_sharded, recover
-from utils.training.step_plan import StepPlan
-from utils.training.trials import Trials
+from utils.training.setup import Setup
+from utils.training.step import Stepper, StepResult
 
 MAX_FAILED_STEPS = 10
 """Steps in a row whose gradient may be infinite or not a number before the run stops."""
-
-
-@dataclass
-class StepResult:
-    """What one optimizer step came to."""
-
-    loss: float
-    norm: float
-    applied: bool
-    examples: list[Example]
 
 
 class Trainer:
     """One run of training, from a base model with its trainable part to its last step.
 
     Args:
-        loss_module: as `load_trainable` gave it.
-        precision: dtypes of the computation.
+        loss_module: as `load_trainable` gives it.
+        optimizer: of its trainable parameters.
         data: the examples to learn from and to measure on.
-        start: where the run begins, and its steps.
+        start: where the run begins; see `resume`.
+        fitted: how steps are cut.
     """
 
     def __init__(
         self,
         config: TrainingConfig,
-        world: World,
+        setup: Setup,
         loss_module: ResponseLoss,
-        precision: Precision,
+        optimizer: torch.optim.Optimizer,
         data: Data,
         start: Start,
+        fitted: Fitted,
     ) -> None:
-        self.config, self.world, self.precision = config, world, precision
-        self.training, self.held_out = data.training, data.held_out
-        self.schedule, self.identity = start.schedule, start.identity
-        self.longest = data.longest
-        self.loss_module, self.model = loss_module, loss_module.model
+        self.config, self.setup, self.world, self.data = config, setup, setup.world, data
+        self.identity, self.schedule, self.plan_key = start.identity, setup.schedule, fitted.key
+        self.model, self.optimizer = loss_module.model, optimizer
         self.parameters = trainable_parameters(self.model)
-        self.optimizer = make_optimizer(self.parameters.values(), config)
-        self.loss_scale = LossScale.for_dtype(precision.compute)
-        self.earlier_micro_batch: tuple[Any, ...] = ("",)
-        """Of the run that this one goes on from: its kind, and what StepPlan holds."""
-        self._prepared: dict[tuple[int, StepPlan], tuple[list[Example], list[tuple[PackedBatch, bool]]]] = {}
+        self.stepper = Stepper(config, setup, loss_module, optimizer, data.training, fitted.step_plan)
         self.done = 0
         self.failed_in_a_row = 0
         self.watch = LossWatch()
         self.last_eval_loss: float | None = None
         self.last_saved = time.monotonic()
-        self.saver = checkpoints.Saver(config.checkpoints_dir, world, config.keep_checkpoints)
-        self.loss_module.train()
-        if start.checkpoint:
-            self._resume(start.checkpoint)
-        self.loss_module.refresh()
-        self._choose_budget()
+        self.saver = Saver(config.checkpoints_dir, self.world, config.keep_checkpoints)
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        """Put the run's state as the checkpoint has it."""
-        state = checkpoint.state
-        tensors = run_tensors(self.parameters, self.optimizer)
-        checkpoints.load_tensors(checkpoint, tensors, self.world)
-        loss_scale = LossScale(**state["loss_scale"])
-        if loss_scale.is_used == self.loss_scale.is_used:  # another card may compute in another type
-            self.loss_scale = loss_scale
-        self.earlier_micro_batch = tuple(state["micro_batch"])
-        self.done, self.last_eval_loss = state["step"], state["last_eval_loss"]
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Put the run's state as a checkpoint has it.
 
-    def _choose_budget(self) -> None:
-        """Find the micro-batch that fills the card, trying with the longest examples; a resumed run keeps its own.
-
-        The fused layers are compiled before: two pieces of code serve every setting that is tried. Plain ones would be
-        compiled anew for each, so for them the choice is confirmed once they are compiled, and made smaller if need be.
+        Raises:
+            UserError: the checkpoint holds other tensors than the run has.
         """
-        step = tokens_of_a_step(self.training, self.schedule, self.world.size)
-        self.largest_step = step.largest
-        tokens_left = (self.schedule.total_steps - self.done) * step.mean * self.world.size
-        self.compiles = should_compile(self.config.torch_compile, self.world.device, tokens_left)
-        fused = self.loss_module.fused is not None
-        if self.compiles and fused:
-            self.loss_module.compile()
-        layers = len(causal_lm(self.model).model.layers)
-        recompute = self.config.fsdp_config.fsdp_activation_checkpointing
-        kept_counts = range(layers + 1) if recompute is None else [0 if recompute else layers]
-        trials = Trials(
-            self.config,
-            self.world,
-            self.loss_module,
-            list(self.parameters.values()),
-            self.optimizer,
-            heaviest_first(self.training),
-            self._pack,
-            step,
-        )
-        self.kind = trials.kind(
-            compute=str(self.precision.compute),
-            compiles=self.compiles,
-            longest=self.longest,
-            steps=step,
-        )
-        search = Search(
-            self.world,
-            self.longest,
-            step,
-            kept_counts,
-            trials.attempt,
-            is_sharded(self.loss_module),
-            trials.host_memory(),
-        )
-        kind, *earlier = self.earlier_micro_batch
-        is_known = kind == self.kind and search.has_host_memory(StepPlan(*earlier))
-        self.step_plan = StepPlan(*earlier) if is_known else search.best(self.kind)
-        if self.compiles and not fused:
-            self.loss_module.compile()
-            if not search.is_sharded:
-                self.step_plan = search.shrunk(self.step_plan)
-
-    @property
-    def step_plan(self) -> StepPlan:
-        """How steps are cut."""
-        return self.loss_module.step_plan
-
-    @step_plan.setter
-    def step_plan(self, step_plan: StepPlan) -> None:
-        self.loss_module.step_plan = step_plan
+        state = checkpoint.state
+        load_tensors(checkpoint, run_tensors(self.parameters, self.optimizer), self.world)
+        self.stepper.loss_module.refresh()
+        loss_scale = LossScale(**state["loss_scale"])
+        if loss_scale.is_used == self.stepper.loss_scale.is_used:  # another card may compute in another type
+            self.stepper.loss_scale = loss_scale
+        self.done, self.last_eval_loss = state["step"], state["last_eval_loss"]
 
     def check_disk_space(self) -> None:
         """Refuse a run whose checkpoints and result would fill the disk; see Saver."""
         self.saver.check_disk_space(self._state_tensors())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The size of a checkpoint; asking makes the optimizer's state where there is none yet."""
+        return size_of(self._state_tensors())
 
     def _state_tensors(self) -> dict[str, dict[str, Any]]:
         return run_tensors(self.parameters, self.optimizer if self.config.save_optimizer else None)
@@ -190,7 +112,7 @@ class Trainer:
         started = time.perf_counter()
         step = self.done
         rate = learning_rate(step, self.config, self.schedule)
-        result = self._step(step, rate)
+        result = self.stepper.take(step, rate)
         self.done += 1
         tokens = sum(map(len, result.examples))
         speed = tokens / (time.perf_counter() - started)
@@ -215,8 +137,8 @@ class Trainer:
         is_last = self.done == self.schedule.total_steps
         # Clocks differ between processes; any one of them decides for all.
         interrupt, is_due = interruptions.heard_by_any(self.world, self._is_time_to_save())
-        if self.held_out and (is_last or self.schedule.ends_epoch(step)):
-            self.last_eval_loss = self.evaluate()
+        if self.data.held_out and (is_last or self.schedule.ends_epoch(step)):
+            self.last_eval_loss = self.stepper.evaluate(self.data.held_out)
             metrics.write(step=self.done, eval_loss=self.last_eval_loss if np.isfinite(self.last_eval_loss) else None)
             progress.say(_("step {step}: held-out loss {loss}", step=self.done, loss=f"{self.last_eval_loss:.4f}"))
         if is_last or interrupt or is_due:
@@ -240,93 +162,12 @@ class Trainer:
             )
         return _("Stopped at step {step}; everything is saved. Go on from there with --resume auto.", step=self.done)
 
-    def _gradients_that_fit(self, step: int) -> tuple[list[Example], torch.Tensor]:
-        """See _gradients; should memory not suffice for an unlucky batch, again with smaller micro-batches."""
-        while True:
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):
-                return self._gradients(step)
-            recover(self.loss_module)
-            self.optimizer.zero_grad(set_to_none=True)
-            give_back(self.world.devices)
-            budget, rows = self.step_plan.token_budget, self.step_plan.rows
-            if self.world.size > 1 or (rows == 1 and budget <= self.longest):
-                raise UserError(out_of_memory())
-            if rows > 1:
-                self.step_plan = self.step_plan._replace(rows=rows // 2)
-            else:
-                self.step_plan = self.step_plan._replace(token_budget=max(self.longest, budget * 3 // 4))
-
-    def _gradients(self, step: int) -> tuple[list[Example], torch.Tensor]:
-        """A step's examples and this process's part of its loss, times the loss scale; leaves gradients behind."""
-        examples, batches = self._prepared.pop((step, self.step_plan), None) or self._prepare(step)
-        labels = sum(example.label_count for example in examples)
-        scale = self.loss_scale.value / labels
-        loss = torch.zeros((), dtype=torch.float64, device=self.world.devices[-1])
-        together = self.step_plan.rows
-        for start in range(0, len(batches), together):
-            values = []
-            for number, (batch, counts) in enumerate(batches[start : start + together], start):
-                # Dropout must not depend on what happened before this step, or a resumed run would differ.
-                torch.manual_seed(seed_of(self.config.seed, step, self.world.rank, number))
-                values.append(self.loss_module(batch, scale if counts else 0.0))
-            for value in values:
-                value.backward()
-                loss += value.detach().to(loss.device)
-        return examples, loss.to(self.world.device)
-
-    def _step(self, step: int, rate: float) -> StepResult:
-        examples, loss = self._gradients_that_fit(step)
-        if step + 1 < self.schedule.total_steps:  # while the card is busy with this step
-            self._prepared = {(step + 1, self.step_plan): self._prepare(step + 1)}
-        if not is_sharded(self.loss_module):
-            sum_gradients(list(self.parameters.values()))
-        loss, norm = total_across(loss), gradient_norm(self.parameters.values()).to(loss) / self.loss_scale.value
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        limit = self.config.gradient_clipping_threshold if self.config.gradient_clipping else None
-        step_if_finite(self.optimizer, self.parameters.values(), loss, norm.float(), limit, self.loss_scale.value)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss_module.refresh()
-        total, norm = torch.stack((loss, norm)).tolist()
-        applied = bool(np.isfinite(total) and np.isfinite(norm))
-        mean = total / self.loss_scale.value
-        self.loss_scale.update(overflowed=not applied)
-        return StepResult(mean, norm, applied, examples)
-
-    def _prepare(self, step: int) -> tuple[list[Example], list[tuple[PackedBatch, bool]]]:
-        """A step's examples, and this process's micro-batches of them.
-
-        A process without examples goes along with one that counts nothing (False): gradients are shared by all.
-        """
-        examples = [self.training[i] for i in self.schedule.indices(step)]
-        batches = share_out(examples, self.step_plan.token_budget, self.world.size, self.config.micro_batch_size)
-        return examples, [
-            (self._pack([examples[i] for i in chosen or [0]]), bool(chosen))
-            for chosen in batches[self.world.rank :: self.world.size]
-        ]
-
-    def _pack(self, examples: list[Example], at_least: int = 0) -> PackedBatch:
-        return pack(examples, self.world.device, self.longest, at_least, self.world.devices[-1])
-
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """The mean loss of a response token over the held-out examples."""
-        self.loss_module.eval()
-        batches = share_out(self.held_out, self.step_plan.token_budget, self.world.size, self.config.val_batch_size)
-        total = 0.0
-        for chosen in batches[self.world.rank :: self.world.size]:
-            batch = self._pack([self.held_out[i] for i in chosen or [0]])
-            total += self.loss_module(batch, 1.0 if chosen else 0.0).item()
-        self.loss_module.train()
-        (total,) = sum_across([total], self.world.device)
-        return total / sum(example.label_count for example in self.held_out)
-
     def _guard(self, result: StepResult, progress: Progress) -> None:
         """Take note of steps without a usable gradient; give up when they do not end."""
         self.failed_in_a_row = 0 if result.applied else self.failed_in_a_row + 1
         if result.applied:
             return
-        if self.loss_scale.is_used and np.isfinite(result.loss):
+        if self.stepper.loss_scale.is_used and np.isfinite(result.loss):
             progress.say(_("step {step}: fp16 overflow, step left out, smaller loss scale from now on", step=self.done))
         else:
             numbers = ", ".join(str(example.number) for example in result.examples)
@@ -362,8 +203,8 @@ class Trainer:
             "world_size": self.world.size,
             "batch_size_training": self.config.batch_size_training,
             "has_optimizer": self.config.save_optimizer,
-            "loss_scale": asdict(self.loss_scale),
-            "micro_batch": [self.kind, *self.step_plan],
+            "loss_scale": asdict(self.stepper.loss_scale),
+            "micro_batch": [self.plan_key, *self.stepper.step_plan],
             "last_eval_loss": self.last_eval_loss,
         }
         step, folder = self.done, self.config.checkpoints_dir

@@ -3,81 +3,75 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
 from configs.training import TrainingConfig
 from ft_datasets.examples import Example
 from utils.machine.memory import free_main_memory, give_back_host
-from utils.machine.world import World, gathered_from_all
+from utils.machine.world import gathered_from_all
+from utils.model.adapters import trainable_parameters
 from utils.model.decoder import causal_lm
-from utils.rows.packing import PackedBatch, StepTokens, first_that_fit
+from utils.rows.packing import first_that_fit
 from utils.training.measuring import cards_of
 from utils.training.optimizer import create_state
 from utils.training.response_loss import ResponseLoss
+from utils.training.setup import Setup
 from utils.training.sharding import is_sharded, recover
 from utils.training.step_plan import HostMemory, StepPlan, host_seconds
 
-KIND = (
+DEPENDS_ON = (
     "use_peft peft_method quantization optimizer pure_bf16 freeze_layers num_freeze_layers micro_batch_size "
     "activation_offload"
 )
-"""Settings that the best micro-batch depends on, beside those of the groups (lora_config, fsdp_config …)."""
+"""Settings that the best step plan depends on, beside those of the groups (lora_config, fsdp_config …)."""
 
 
 @dataclass(frozen=True)
 class Trials:
-    """A run that makes attempts.
+    """Attempts of a run with its own model.
 
     Attributes:
-        parameters: those that are trained.
+        loss_module: in training mode.
         examples: those to train on, as `heaviest_first` has them.
-        pack: of some examples, filled up to so many tokens, a row.
-        step: what the process has of a step.
     """
 
     config: TrainingConfig
-    world: World
+    setup: Setup
     loss_module: ResponseLoss
-    parameters: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
     examples: Sequence[Example]
-    pack: Callable[..., PackedBatch]
-    step: StepTokens
 
-    def kind(self, **more: Any) -> str:
-        """All that the best micro-batch depends on, the cards of all processes included; the same on all.
-
-        Args:
-            more: what is neither a setting nor the model nor a card.
-        """
+    def key(self) -> str:
+        """A name for all that the best step plan depends on, the cards of all processes included; the same on all."""
         settings = self.config.flat()
-        chosen = {name for name in settings if name in KIND.split() or "_config." in name}
-        limits = gathered_from_all(json.dumps([cards_of(self.world), self.config.gpu_memory_gb]))
-        kind = {name: settings[name] for name in chosen} | {
+        chosen = {name for name in settings if name in DEPENDS_ON.split() or "_config." in name}
+        limits = gathered_from_all(json.dumps([cards_of(self.setup.world), self.config.gpu_memory_gb]))
+        facts = {name: settings[name] for name in chosen} | {
             "torch": torch.__version__,
             "cards": limits,
             "model": causal_lm(self.loss_module.model).config.to_dict(),
             "sharded": is_sharded(self.loss_module),
-            **more,
+            "compute": str(self.setup.precision.compute),
+            "compiles": self.setup.compiles,
+            "longest": self.setup.longest,
+            "steps": self.setup.step,
         }
-        return hashlib.sha256(json.dumps(kind, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def host_memory(self) -> HostMemory | None:
         """For layers that can let activations wait there: a quarter of what is free, shared by all processes.
 
         A row may take memory anew before torch gives it what the row before has let go of: half of what is free then.
         """
-        fused = self.loss_module.fused
-        if fused is None or not self.config.activation_offload or self.world.device.type == "cpu":
+        fused, world = self.loss_module.fused, self.setup.world
+        if fused is None or not self.config.activation_offload or world.device.type == "cpu":
             return None
-        copying, pinning = host_seconds(self.world.device)
+        copying, pinning = host_seconds(world.device)
         give_back_host()
-        own = free_main_memory() / 4 / self.world.size, copying * sum(fused.kept_bytes), pinning
+        own = free_main_memory() / 4 / world.size, copying * sum(fused.kept_bytes), pinning
         rooms, seconds, pin_seconds = zip(*map(json.loads, gathered_from_all(json.dumps(own))), strict=True)
 
         def bytes_of(tokens: int) -> int:
@@ -98,16 +92,16 @@ class Trials:
             OutOfMemoryError: a card has too little memory.
         """
         self.loss_module.step_plan = step_plan
-        own, own_of_step = tokens - self.step.shared, self.step.largest - self.step.shared
-        if own * rows < own_of_step:  # from the second group of rows on, gradients lie beside
-            for parameter in self.parameters:
+        parameters, step = trainable_parameters(self.loss_module.model).values(), self.setup.step
+        if (tokens - step.shared) * rows < step.largest - step.shared:  # from the second group of rows on
+            for parameter in parameters:  # gradients lie beside
                 parameter.grad = torch.zeros_like(parameter)
         try:
             chosen = first_that_fit(self.examples, tokens)
-            batch = self.pack([example.learnt_throughout() for example in chosen], at_least=tokens)
+            batch = self.setup.pack([example.learnt_throughout() for example in chosen], at_least=tokens)
             for value in [self.loss_module(batch, 0.0) for _row in range(rows)]:
                 value.backward()
-            assert all(p.grad is not None for p in self.parameters), "a trainable parameter without a gradient"
+            assert all(p.grad is not None for p in parameters), "a trainable parameter without a gradient"
             create_state(self.optimizer)  # it will lie beside the activations
         except torch.cuda.OutOfMemoryError:
             recover(self.loss_module)

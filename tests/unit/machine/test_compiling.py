@@ -89,7 +89,7 @@ def compile_without_kernels(model: nn.Module) -> None:
 def test_rows_of_any_number_of_examples_share_their_code(tiny_model, monkeypatch, has_varlen):
     """Full fine-tuning in bf16 over fp32 weights, with and without a kernel for all examples at once."""
     base = load_base_model(ModelFolder(tiny_model), torch.float32, [CPU])
-    losses = ResponseLoss(base, torch.bfloat16), ResponseLoss(prepare_full(base, TrainingConfig()), torch.bfloat16)
+    losses = ResponseLoss(base, torch.bfloat16), ResponseLoss(prepare_full(base), torch.bfloat16)
     batches = [pack(made_up_examples()[:count], CPU, longest=40) for count in (2, 3, 5, 8, 7)]
     plain = [losses[0](batch, 1.0).item() for batch in batches]
     if has_varlen:

@@ -73,7 +73,7 @@ def test_over_fp32_weights_attention_gets_what_kernels_take(tiny_model, tmp_path
     trainer, asked = make_trainer(tiny_model, tmp_path, use_peft=use_peft), set()
     monkeypatch.setattr(attention, "varlen_kernel", lambda _device, dtype: asked.add(dtype))
     loss_module = ResponseLoss(trainer.model, torch.bfloat16)
-    loss_module(trainer._pack(trainer.training), 1.0).backward()
+    loss_module(trainer.setup.pack(trainer.data.training), 1.0).backward()
     assert asked == {torch.bfloat16}
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.settings import ALL, FULL, LLAMA_7B, LORA, world
+from helpers.settings import ALL, FULL, LLAMA_7B, LORA, memory_of, setup_of, world
 from helpers.trainers import make_trainer, train
 from helpers.varlen_on_cpu import use_varlen_on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,9 +22,9 @@ from utils.machine.precision import Precision
 from utils.machine.world import World
 from utils.model.decoder import causal_lm
 from utils.model.folder import ModelFolder
-from utils.planning.estimate import WORKSPACES, estimate, estimate_of_run
-from utils.planning.layer_memory import LAYERS, LayerMemory, fused, kind_of
-from utils.planning.shape import BytesEach, Shape, trained_parameters
+from utils.planning.estimate import WORKSPACES, estimate_of_run
+from utils.planning.layer_memory import LAYER_MEMORY, LayerMemory, fused
+from utils.planning.shape import BytesEach, Layout, Shape, Trained
 from utils.reports import run as report
 from utils.rows.packing import pack
 from utils.rows.segments import Segments
@@ -35,8 +35,8 @@ from utils.training.trainable import load_trainable
 
 def test_weights_of_llama_2_7b():
     assert LLAMA_7B.decoder_weights + LLAMA_7B.other_weights == 6_738_415_616  # transformers' num_parameters()
-    assert estimate(LORA, LLAMA_7B, 2, "plain", StepPlan(1000, 32)).weights == 2 * 6_738_415_616
-    int8 = estimate(replace(LORA, quantization="8bit"), LLAMA_7B, 2, "plain", StepPlan(1000, 32)).weights
+    assert memory_of(LORA, LLAMA_7B, "plain", StepPlan(1000, 32)).weights == 2 * 6_738_415_616
+    int8 = memory_of(replace(LORA, quantization="8bit"), LLAMA_7B, "plain", StepPlan(1000, 32)).weights
     assert int8 == 6_476_005_376 + 2 * 262_410_240  # a byte for each of the layers' weights
 
 
@@ -45,7 +45,7 @@ def test_trained_parameters_are_those_of_a_model(grouped_model, tmp_path, settin
     trainer = make_trainer(grouped_model, tmp_path, **{"lora_config": ALL, **settings})
     shape = Shape.of(ModelFolder(grouped_model).config)
     counted = sum(p.numel() for n, p in trainer.parameters.items() if "bias" not in n)
-    assert counted == trained_parameters(trainer.config, shape)
+    assert counted == Trained.of(trainer.config, shape).parameters
 
 
 @pytest.mark.parametrize("cards", [1, 2, 5])
@@ -56,8 +56,8 @@ def test_parts_of_the_fused_layer_by_hand(cards, kept):
     temporary = tokens * 2 * (3 * wide + 4 * hidden) + 2 * 2 * wide * hidden
     layers = {1: 32, 2: 16, 5: 7}[cards]
     here = min(kept, layers)
-    found = estimate(
-        replace(LORA, quantization="8bit"), LLAMA_7B, 2, "compiled fused", StepPlan(tokens, kept), cards, step=tokens
+    found = memory_of(
+        replace(LORA, quantization="8bit"), LLAMA_7B, "compiled fused", StepPlan(tokens, kept), cards, step=tokens
     )
     assert found.activations == tokens * (here * saved + (layers - here) * 2 * hidden)
     # Without layers that keep theirs, a layer that computes its activations again has them beside the gradients.
@@ -72,7 +72,7 @@ def test_parts_of_the_fused_layer_by_hand(cards, kept):
 
 def test_memory_is_more_with_more_of_anything():
     def peak(tokens=4000, kept=16, cards=1, shards=1, kind="plain", **settings):
-        return estimate(replace(LORA, **settings), LLAMA_7B, 2, kind, StepPlan(tokens, kept), cards, shards).peak
+        return memory_of(replace(LORA, **settings), LLAMA_7B, kind, StepPlan(tokens, kept), cards, shards).peak
 
     base = peak()
     assert peak(tokens=8000) > base
@@ -92,26 +92,26 @@ def test_estimates_are_near_what_an_h100_needed(kind, quantization, tokens, meas
     """Four layers of the 7B shape, LoRA r=8 on all linear layers, AdamW; peaks from metrics.jsonl."""
     shape = replace(LLAMA_7B, layers=4)
     config = replace(LORA, quantization=quantization)
-    found = estimate(config, shape, 2, kind, StepPlan(tokens, 4))
+    found = memory_of(config, shape, kind, StepPlan(tokens, 4))
     assert found.peak / 1e9 == pytest.approx(measured, rel=0.05)
 
 
 def test_layer_memory_of_a_fused_layer_is_less():
-    hand = fused(LORA, LLAMA_7B, 2)
-    assert hand.kept < LAYERS["compiled plain"](LORA, LLAMA_7B, 2).kept < LAYERS["plain"](LORA, LLAMA_7B, 2).kept
+    layout = Layout.of(LORA, LLAMA_7B, 2)
+    hand = fused(layout)
+    assert hand.kept < LAYER_MEMORY["compiled plain"](layout).kept < LAYER_MEMORY["plain"](layout).kept
     assert isinstance(hand, LayerMemory)
     assert hand.weights == 0
 
 
 def test_what_is_not_compiled_needs_more():
-    for is_fused in (True, False):
-        compiled, written = kind_of(is_fused, True), kind_of(is_fused, False)
-        peaks = [estimate(LORA, LLAMA_7B, 2, kind, StepPlan(4000, 16)).peak for kind in (compiled, written)]
+    for written in ("fused", "plain"):
+        peaks = [memory_of(LORA, LLAMA_7B, kind, StepPlan(4000, 16)).peak for kind in (f"compiled {written}", written)]
         assert peaks[0] < peaks[1]
 
 
 def test_two_cards_hold_the_parts_of_one():
-    one, two = (estimate(LORA, LLAMA_7B, 2, "plain", StepPlan(1000, 32), cards) for cards in (1, 2))
+    one, two = (memory_of(LORA, LLAMA_7B, "plain", StepPlan(1000, 32), cards) for cards in (1, 2))
     assert two.activations == one.activations / 2
     assert two.trained == one.trained / 2
     assert two.weights == 16 * LLAMA_7B.layer_weights * 2 + 32000 * 4096 * 2  # its layers, and the head
@@ -150,9 +150,9 @@ def kept_a_token(
     keys = sum(segments.keys.lengths) if segments.keys else tokens
     is_full = not config.use_peft
     weights = torch.float32 if is_full and not config.pure_bf16 else torch.bfloat16
-    module = load_trainable(
-        config, World(0, 0, 1, [torch.device("cpu")]), folder, Precision(torch.bfloat16, weights, "as on a GPU")
-    ).train()
+    on_cpu = World(0, 0, 1, [torch.device("cpu")])
+    setup = setup_of(config, on_cpu, precision=Precision(torch.bfloat16, weights, "as on a GPU"))
+    module = load_trainable(config, setup, folder)
     decoder, positions = causal_lm(module.model).model, torch.arange(tokens)[None]
     hidden = decoder.embed_tokens(torch.arange(tokens)[None] % 600).detach().requires_grad_()
     embeddings = decoder.rotary_emb(hidden, positions)
@@ -185,7 +185,7 @@ def test_the_plain_layers_activations_are_those_that_autograd_keeps(request, mod
     config, folder = SETTINGS[name], ModelFolder(request.getfixturevalue(model))
     counted, has_copy = kept_a_token(config, folder)
     shape = Shape.of(folder.config)
-    expected = LAYERS["plain"](config, shape, 2).kept + 2 * shape.query * has_copy
+    expected = LAYER_MEMORY["plain"](Layout.of(config, shape, 2)).kept + 2 * shape.query * has_copy
     if config.lora_config.lora_dropout:
         expected += sum(width for width, _out in shape.linears().values())
     assert counted == pytest.approx(expected, rel=0.02)
@@ -214,7 +214,7 @@ def test_compiled_layers_activations_are_those_that_the_compiler_keeps(qwen3_mod
     counted, has_copy = kept_a_token(config, folder, "aot_eager_decomp_partition")
     shape = Shape.of(folder.config)
     is_lora_with_copy = has_copy and config.use_peft
-    expected = LAYERS["compiled plain"](config, shape, 2).kept + 2 * shape.query * is_lora_with_copy
+    expected = LAYER_MEMORY["compiled plain"](Layout.of(config, shape, 2)).kept + 2 * shape.query * is_lora_with_copy
     assert counted == pytest.approx(expected, rel=0.02)
     torch._dynamo.reset()
 
@@ -275,7 +275,7 @@ def test_the_peak_is_that_of_what_lives(deeper_model, name, kept, is_first):
     """Of one micro-batch's passes, in bf16 on a CPU, where attention's output is copied for o_proj."""
     config, tokens, world = SETTINGS[name], 1500, World(0, 0, 1, [torch.device("cpu")])
     precision = Precision(torch.bfloat16, torch.float32 if name == "full" else torch.bfloat16, "as on a GPU")
-    module = load_trainable(config, world, deeper_model, precision).train()
+    module = load_trainable(config, setup_of(config, world, precision=precision), deeper_model)
     module.step_plan, live = StepPlan(tokens, kept), Live()
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -285,9 +285,13 @@ def test_the_peak_is_that_of_what_lives(deeper_model, name, kept, is_first):
     with live:
         module(batch, 1.0).backward()
     shape = Shape.of(deeper_model.config)
-    found = estimate(config, shape, 2, "plain", StepPlan(tokens, kept), step=tokens if is_first else 2 * tokens)
+    found = memory_of(config, shape, "plain", StepPlan(tokens, kept), step=tokens if is_first else 2 * tokens)
     weights_and_gradients = sum(p.numel() * p.element_size() for p in trained) * (1 if is_first else 2)
-    before = found.weights + weights_and_gradients + BytesEach.of(config).optimizer * sum(p.numel() for p in trained)
+    before = (
+        found.weights
+        + weights_and_gradients
+        + BytesEach.of(config.optimizer, config.pure_bf16).optimizer * sum(p.numel() for p in trained)
+    )
     copies = 2 * tokens * shape.query * kept
     assert live.peak - copies == pytest.approx(found.peak - before - WORKSPACES, rel=0.1)
 
@@ -313,20 +317,20 @@ ON_HOST = replace(SHARDED, fsdp_config=FsdpConfig(fsdp_cpu_offload=True))
 )
 def test_estimates_of_plain_layers_are_near_what_h100s_needed(config, tokens, shards, measured):
     """Four layers of the 7B shape, not compiled, each step one micro-batch; peaks from metrics.jsonl."""
-    found = estimate(config, replace(LLAMA_7B, layers=4), 2, "plain", StepPlan(tokens, 4), 1, shards, tokens)
+    found = memory_of(config, replace(LLAMA_7B, layers=4), "plain", StepPlan(tokens, 4), 1, shards, tokens)
     assert found.peak / 1e9 == pytest.approx(measured, rel=0.05)
 
 
 def test_frozen_layers_keep_nothing():
     some = replace(FULL, freeze_layers=True, num_freeze_layers=24)
-    all_layers, eight = (estimate(config, LLAMA_7B, 2, "plain", StepPlan(4000, 32)) for config in (FULL, some))
+    all_layers, eight = (memory_of(config, LLAMA_7B, "plain", StepPlan(4000, 32)) for config in (FULL, some))
     assert eight.activations == all_layers.activations / 4
     assert eight.weights == 4 * (24 * LLAMA_7B.layer_weights + 32000 * 4096)
 
 
 def test_what_shards_gather_stays_or_goes():
     least, most = (
-        estimate(replace(SHARDED, fsdp_config=FsdpConfig(sharding_strategy=name)), LLAMA_7B, 2, "plain", ROW, shards=2)
+        memory_of(replace(SHARDED, fsdp_config=FsdpConfig(sharding_strategy=name)), LLAMA_7B, "plain", ROW, shards=2)
         for name in ("FULL_SHARD", "SHARD_GRAD_OP")
     )
     assert most.temporary - least.temporary == 2 * 30 * LLAMA_7B.layer_weights
@@ -334,36 +338,35 @@ def test_what_shards_gather_stays_or_goes():
 
 def test_a_trained_head_counts():
     config = replace(LORA, lora_config=all_linear("lm_head"))
-    one, two = (estimate(each, LLAMA_7B, 2, "compiled fused", ROW) for each in (LORA, config))
+    one, two = (memory_of(each, LLAMA_7B, "compiled fused", ROW) for each in (LORA, config))
     assert two.logits - one.logits == (4 + 2) * 32000 * 4096
 
 
 def test_gradients_of_an_earlier_micro_batch_are_there():
-    one, two = (estimate(FULL, LLAMA_7B, 2, "plain", ROW, step=step) for step in (4000, 8000))
-    assert one.unmade == 4 * trained_parameters(FULL, LLAMA_7B)
+    one, two = (memory_of(FULL, LLAMA_7B, "plain", ROW, step=step) for step in (4000, 8000))
+    assert one.unmade == 4 * Trained.of(FULL, LLAMA_7B).parameters
     assert two.peak == one.peak + one.unmade
 
 
 def test_a_run_can_be_estimated_when_it_is_over(tiny_model, tmp_path):
     trainer = make_trainer(tiny_model, tmp_path, lora_config=ALL, max_steps=1)
     train(trainer)
-    found = estimate_of_run(trainer)
+    found, shape = estimate_of_run(trainer), Shape.of(ModelFolder(tiny_model).config)
     assert f"Memory: 0.00 GB at most, {found.peak / 1e9:.2f} GB by the estimate" in report.memory_line(trainer)
     layers = [p for n, p in trainer.model.named_parameters() if not p.requires_grad]
     assert found.weights == sum(p.nbytes for p in layers)
     assert found.trained == 16 * sum(p.numel() for p in trainer.parameters.values())
-    assert found.activations == 2 * 2048 * LAYERS["plain"](LORA, Shape.of(ModelFolder(tiny_model).config), 4).kept
+    assert found.activations == 2 * 2048 * LAYER_MEMORY["plain"](Layout.of(LORA, shape, 4)).kept
 
 
 def test_a_run_on_a_gpu_tells_peak_and_estimate_at_its_end(tiny_model, tmp_path, monkeypatch):
     trainer = make_trainer(tiny_model, tmp_path, max_steps=1)
     train(trainer)
-    said: list[str] = []
-    report.after_last_step(trainer, tmp_path, said.append)
+    said = report.after_last_step(trainer, tmp_path)
     assert not [line for line in said if line.startswith("Memory")]
     trainer.world = world(1)
     monkeypatch.setattr(report, "peak_memory_gb", lambda _world: 1.25)
-    report.after_last_step(trainer, tmp_path, said.append)
+    said = report.after_last_step(trainer, tmp_path)
     assert len([line for line in said if line.startswith("Memory: 1.25 GB at most, 0.")]) == 1
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.settings import FULL, LLAMA_7B, LORA, world
+from helpers.settings import FULL, LLAMA_7B, LORA, memory_of, setup_of, world
 
 import llama_finetuning
 from configs.command_line import flags_of, parse
@@ -15,9 +15,8 @@ from configs.training import TrainingConfig
 from ft_datasets.loading import load_data
 from utils.machine.world import World
 from utils.model.folder import ModelFolder
-from utils.planning import fits
-from utils.planning.estimate import estimate
 from utils.planning.fits import check_memory, refuse_too_little, variants
+from utils.planning.shape import Shape
 from utils.reports import plan
 from utils.training.step_plan import StepPlan
 
@@ -38,37 +37,36 @@ from utils.training.step_plan import StepPlan
 def test_a_limit_below_the_weights_is_refused_with_what_would_do(settings, limit, cards, refused):
     config = replace(LORA, **settings)
     if not refused:
-        refuse_too_little(config, LLAMA_7B, 2, 512, limit, world(cards))
+        refuse_too_little(config, setup_of(config, world(cards)), LLAMA_7B, limit)
         return
     with pytest.raises(UserError) as error:
-        refuse_too_little(config, LLAMA_7B, 2, 512, limit, world(cards))
+        refuse_too_little(config, setup_of(config, world(cards)), LLAMA_7B, limit)
     message = str(error.value)
     assert f"{limit / 1e9:.1f} GB of it may be used" in message
     rows = {row.rpartition("--gpu_memory_gb")[0].strip(): float(row.split()[-1]) for row in message.splitlines()[1:]}
     assert rows["16 bit"] > rows["--quantization 8bit"] > rows["--quantization 4bit"] > 1
     assert ("full fine-tuning" in rows) != config.use_peft
     for name, variant in variants(config):  # what is advised is not refused
-        refuse_too_little(variant, LLAMA_7B, 2, 512, rows[name] * 1e9, world(cards))
+        refuse_too_little(variant, setup_of(variant, world(cards)), LLAMA_7B, rows[name] * 1e9)
 
 
 def test_sharing_out_among_processes_counts():
     full = replace(LORA, use_peft=False, enable_fsdp=True)
-    refuse_too_little(full, LLAMA_7B, 2, 512, 70e9, world(1, size=2))
+    refuse_too_little(full, setup_of(full, world(1, size=2)), LLAMA_7B, 70e9)
     with pytest.raises(UserError):
-        refuse_too_little(full, LLAMA_7B, 2, 512, 70e9, world(1, size=1))
+        refuse_too_little(full, setup_of(full, world(1, size=1)), LLAMA_7B, 70e9)
 
 
 def test_a_card_that_is_too_small_is_refused_before_loading(tiny_model, data_file, tmp_path, monkeypatch):
     config = TrainingConfig(model_name=str(tiny_model), use_peft=True, gpu_memory_gb=1e-6)
     config.alpaca_dataset.data_path = str(data_file)
-    data = data_of(config)
+    data, shape = data_of(config), Shape.of(ModelFolder(tiny_model).config)
     properties = type("Properties", (), {"total_memory": 16e9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     with pytest.raises(UserError, match=r"--gpu_memory_gb 0\.1"):
-        check_memory(config, ModelFolder(tiny_model), data, world(1))
-    check_memory(replace(config, gpu_memory_gb=0.0), ModelFolder(tiny_model), data, world(1))
-    check_memory(config, ModelFolder(tiny_model), data, World(0, 0, 1, [torch.device("cpu")]))
+        check_memory(config, setup_of(config, world(1), data.longest), shape)
+    check_memory(replace(config, gpu_memory_gb=0.0), setup_of(config, world(1), data.longest), shape)
+    check_memory(config, setup_of(config, World(0, 0, 1, [torch.device("cpu")])), shape)
 
 
 def test_memory_is_checked_before_the_model_is_loaded(tiny_model, data_file, tmp_path, monkeypatch):
@@ -155,6 +153,6 @@ def test_every_command_of_the_plan_is_one_that_runs(tiny_model, data_file, tmp_p
 
 def test_the_least_that_would_do_has_room_for_the_gradients_of_an_earlier_micro_batch():
     with pytest.raises(UserError) as refusal:
-        refuse_too_little(FULL, LLAMA_7B, 2, 512, 24e9, world(1))
-    least = estimate(FULL, LLAMA_7B, 2, "plain", StepPlan(512, 0), step=math.inf).needed
+        refuse_too_little(FULL, setup_of(FULL, world(1)), LLAMA_7B, 24e9)
+    least = memory_of(FULL, LLAMA_7B, "plain", StepPlan(512, 0), step=math.inf).needed
     assert f"--gpu_memory_gb {math.ceil(least / 1e8) / 10}" in str(refusal.value)

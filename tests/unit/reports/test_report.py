@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from helpers.settings import setup_of
 
 from configs.training import TrainingConfig
-from utils.machine.precision import Precision
 from utils.machine.world import World
-from utils.model.folder import ModelFolder
+from utils.planning.shape import Shape
 from utils.reports.run import note_on_cards
 
 LLAMA_2_7B = {
@@ -21,18 +21,15 @@ LLAMA_2_7B = {
 
 
 @pytest.fixture
-def notes(tiny_model, monkeypatch):
+def notes(monkeypatch):
     """What is said of Llama 2 7B over cards with so many free GB each."""
 
     def said(free_gb: list[float], **settings) -> list[str]:
         free = {torch.device("cuda", index): round(gb * 1e9) for index, gb in enumerate(free_gb)}
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80e9))
-        folder = ModelFolder(tiny_model)
-        folder.config = LLAMA_2_7B
-        lines: list[str] = []
-        world = World(0, 0, 1, list(free))
-        precision = Precision(torch.float16, torch.float16, "")
-        note_on_cards(TrainingConfig(**settings), folder, world, precision, 500, lines.append)
+        config, lines = TrainingConfig(**settings), []
+        setup = setup_of(config, World(0, 0, 1, list(free)), 500)
+        note_on_cards(config, setup, Shape.of(LLAMA_2_7B), lines.append)
         return lines
 
     return said
