@@ -2,28 +2,45 @@
 
 import torch
 
-from utils.model.attention import Prefix
+from utils.model.attention import NO_PAST, NoPast, Prefix, attend_one_by_one
+from utils.rows.segments import Segments
 
 
 class KeyValueCache:
-    """Room for `capacity` positions of one sequence, written in place."""
+    """A layer's keys and values of one sequence: what stands before its next tokens (Past), with which it grows.
 
-    def __init__(self, capacity: int, prefix: Prefix | None = None) -> None:
-        self.capacity, self.prefix = capacity, prefix
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.length = prefix.length if prefix else 0
-        """Positions that are filled; the caller advances it after each forward pass."""
+    Args:
+        capacity: most positions, those of `prefix` among them.
+        prefix: what the sequence begins with.
 
-    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See PastKeyValues."""
-        if layer not in self.layers:
-            heads, head_dim = key.shape[1], key.shape[3]
-            keys, values = (key.new_empty(1, heads, self.capacity, head_dim) for _ in range(2))
-            if self.prefix:
-                past_key, past_value = self.prefix.layers[layer]
-                keys[:, :, : self.length], values[:, :, : self.length] = past_key, past_value
-            self.layers[layer] = keys, values
-        keys, values = self.layers[layer]
-        end = self.length + key.shape[2]
-        keys[:, :, self.length : end], values[:, :, self.length : end] = key, value
-        return keys[:, :, :end], values[:, :, :end]
+    Attributes:
+        length: positions that are filled.
+    """
+
+    def __init__(self, capacity: int, prefix: Prefix | NoPast = NO_PAST) -> None:
+        self.capacity, self.prefix, self.length = capacity, prefix, prefix.length
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
+    ) -> torch.Tensor:
+        """See Past."""
+        past_length = self.length
+        return attend_one_by_one(query, *self.extend(key, value), segments, scale, past_length)
+
+    def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store keys and values of new tokens; all that there are with them, [length, kv_heads, head_dim]."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = self._room(key), self._room(value)
+            if isinstance(self.prefix, Prefix):
+                self.keys[: self.length], self.values[: self.length] = self.prefix.key, self.prefix.value
+        new = slice(self.length, self.length + len(key))
+        self.keys[new], self.values[new] = key, value
+        self.length = new.stop
+        return self.keys[: new.stop], self.values[: new.stop]
+
+    def _room(self, states: torch.Tensor) -> torch.Tensor:
+        _length, heads, head_dim = states.shape
+        # A head's positions lie side by side in memory: for each new token, all of them are read.
+        return states.new_empty(heads, self.capacity, head_dim).transpose(0, 1)

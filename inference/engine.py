@@ -59,10 +59,10 @@ class Engine:
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, template: PromptTemplate) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        prefix, config = learnt_prefix(model), causal_lm(model).config
+        config = causal_lm(model).config
         # Attention over more than a sliding window (Mistral's first version) is not computed here.
         window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-        self.context = min(config.max_position_embeddings, window) - (prefix.length if prefix else 0)
+        self.context = min(config.max_position_embeddings, window) - learnt_prefix(model)[0].length
         self.device = causal_lm(model).get_input_embeddings().weight.device
 
     def encode_chat(self, prompt: str, history: Sequence[Turn] = ()) -> list[int]:
@@ -139,14 +139,15 @@ class Engine:
         else:
             generator.manual_seed(sampling.seed)
         prefix = learnt_prefix(self.model)
-        cache = KeyValueCache((prefix.length if prefix else 0) + len(prompt_ids) + limit, prefix)
+        capacity = prefix[0].length + len(prompt_ids) + limit
+        caches = [KeyValueCache(capacity, of_layer) for of_layer in prefix]
         seen = torch.zeros(causal_lm(self.model).config.vocab_size, dtype=torch.bool, device=self.device)
         new_ids = torch.tensor(prompt_ids, dtype=torch.int64, device=self.device)
         for _position in range(limit):
             seen[new_ids] = True
-            positions = torch.arange(cache.length, cache.length + len(new_ids), device=self.device)
-            hidden = forward_hidden(self.model, new_ids, positions, past=cache)
-            cache.length += len(new_ids)
+            first = caches[0].length
+            positions = torch.arange(first, first + len(new_ids), device=self.device)
+            hidden = forward_hidden(self.model, new_ids, positions, pasts=caches)
             scores = logits(self.model, hidden[-1:])[0].to(self.device)
             new_ids = choose(scores, seen, sampling, generator)
             yield int(new_ids)

@@ -90,6 +90,6 @@ def project_logits(model, input_ids: list[int]):
     from utils.model.decoder import forward_hidden, logits
 
     ids, prefix = torch.tensor(input_ids), learnt_prefix(model)
-    positions = torch.arange(len(ids)) + (prefix.length if prefix else 0)
+    positions = torch.arange(len(ids)) + prefix[0].length
     with torch.no_grad():
-        return logits(model, forward_hidden(model, ids, positions, past=prefix))
+        return logits(model, forward_hidden(model, ids, positions, pasts=prefix))

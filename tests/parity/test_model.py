@@ -100,12 +100,12 @@ def test_packed_examples_come_out_as_each_one_alone(folder):
 @FOLDERS
 def test_token_by_token_through_the_cache_is_the_same_as_at_once(folder):
     model, input_ids = load(folder), torch.tensor(SEQUENCES[2])
-    cache, outputs = KeyValueCache(len(input_ids)), []
+    caches, outputs = [KeyValueCache(len(input_ids)) for _layer in model.model.layers], []
     with torch.no_grad():
         for piece in input_ids.split([4, 1, 1, 1, 1, 1, 1, 1]):
-            positions = torch.arange(cache.length, cache.length + len(piece))
-            outputs.append(logits(model, forward_hidden(model, piece, positions, past=cache)))
-            cache.length += len(piece)
+            first = caches[0].length
+            positions = torch.arange(first, first + len(piece))
+            outputs.append(logits(model, forward_hidden(model, piece, positions, pasts=caches)))
     torch.testing.assert_close(torch.cat(outputs), reference_logits(folder, SEQUENCES[2]), rtol=1e-4, atol=1e-4)
 
 

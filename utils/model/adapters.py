@@ -1,6 +1,7 @@
 """The trainable part of a model: put over a base model, and loaded again for use."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.peft import ALL_LINEAR
 from configs.training import TrainingConfig
-from utils.model.attention import Prefix
+from utils.model.attention import NO_PAST, NoPast, Prefix
 from utils.model.decoder import causal_lm
 
 
@@ -144,15 +145,19 @@ def prepare_full(model: nn.Module, frozen_layers: int | None = None) -> nn.Modul
     return model
 
 
-def learnt_prefix(model: nn.Module) -> Prefix | None:
-    """The keys and values that prefix tuning puts before every example; None for other adapters."""
+def learnt_prefix(model: nn.Module) -> Sequence[Prefix | NoPast]:
+    """What prefix tuning puts before every example, layer by layer; nothing for other adapters."""
+    layers = causal_lm(model).model.layers
     config = getattr(model, "active_peft_config", None)
     if config is None or not config.is_prompt_learning or config.is_adaption_prompt:
-        return None
+        return [NO_PAST for _layer in layers]
     cache = model.get_prompt(batch_size=1)
-    devices = [layer.input_layernorm.weight.device for layer in causal_lm(model).model.layers]
-    pairs = [(layer.keys, layer.values) for layer in cache.layers]
-    return Prefix([(k.to(device), v.to(device)) for (k, v), device in zip(pairs, devices, strict=True)])
+    devices = [layer.input_layernorm.weight.device for layer in layers]
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]  # [1, kv_heads, length, head_dim]
+    return [
+        Prefix(*(states.to(device).squeeze(0).transpose(0, 1) for states in pair))
+        for pair, device in zip(pairs, devices, strict=True)
+    ]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,12 +1,11 @@
-"""Attention over packed sequences, and the key-value cache of generation.
+"""Attention of packed rows, in which several examples lie one after another and none may see another.
 
-Several examples lie one after another in one row; none may see another, but for a beginning that several share, which
-stands in the row once. `packed_attention` has the signature of transformers' attention functions and is registered
-under the name PACKED. `attention_forward` and `attention_backward` are the same for layers that do without autograd
-(utils/model/fused_layers.py). On GPUs that have such a kernel, all examples are done at once; elsewhere one by one.
+What stands before the row in a layer attends (`Past`): nothing, a learnt prefix, or a cache of keys and values.
+transformers' layers come here through `packed_attention`, registered under the name PACKED; layers that do without
+autograd (utils/model/fused_layers.py) through `attention_forward` and `attention_backward`. On GPUs that have such a
+kernel, all examples are done at once; elsewhere one by one.
 """
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,25 +17,76 @@ from utils.rows.segments import Keys, Segments, keys_of_rows, rows_of_keys
 PACKED = "packed"
 
 
-class PastKeyValues(Protocol):
-    """Keys and values from before the row: what packed_attention asks of a cache."""
+class Past(Protocol):
+    """What stands before the segments of a row in one of the decoder's layers, and so how their tokens attend."""
 
-    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Past and given keys and values of a layer together, each [1, kv_heads, past + length, head_dim]."""
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
+    ) -> torch.Tensor:
+        """Causal attention within each segment, after what stands before it.
+
+        Args:
+            query: of the row's tokens, [length, heads, head_dim]; key and value have kv_heads in place of heads.
+            segments: where the row's examples or sequences lie.
+            scale: of the scores; None = 1 / sqrt(head_dim).
+
+        Returns:
+            The heads' outputs, in query's shape.
+        """
         ...
 
 
+class NoPast:
+    """Nothing stands before a segment but a beginning that it shares with others, which lies in the row itself."""
+
+    length = 0
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
+    ) -> torch.Tensor:
+        """See Past."""
+        if varlen_kernel(query.device, query.dtype):
+            return _Attention.apply(query, key, value, segments, scale)
+        return attend_one_by_one(query, key, value, segments, scale)
+
+
+NO_PAST = NoPast()
+
+
 class Prefix:
-    """Learnt keys and values (prefix tuning) before every segment; one (key, value) a layer."""
+    """Learnt keys and values of a layer (prefix tuning) before every segment, each [length, kv_heads, head_dim]."""
 
-    def __init__(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self.layers = layers
-        self.length = layers[0][0].shape[2]
+    def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.key, self.value, self.length = key, value, len(key)
 
-    def extend(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See PastKeyValues."""
-        past_key, past_value = self.layers[layer]
-        return torch.cat((past_key.to(key), key), dim=2), torch.cat((past_value.to(value), value), dim=2)
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
+    ) -> torch.Tensor:
+        """See Past."""
+        key, value = torch.cat((self.key.to(key), key)), torch.cat((self.value.to(value), value))
+        return attend_one_by_one(query, key, value, segments, scale, self.length)
+
+
+def attend_one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float | None,
+    past_length: int = 0,
+) -> torch.Tensor:
+    """Causal attention within each segment, one after another, on any device and in any dtype.
+
+    Args:
+        query: of the row's tokens, [length, heads, head_dim].
+        key: of `past_length` positions that stand before every segment, and of the row's tokens,
+            [past_length + length, kv_heads, head_dim]; value likewise.
+    """
+    if segments.keys:
+        past, own = zip(*(x.tensor_split((past_length,)) for x in (key, value)), strict=True)
+        seen = (_KeysOfRows.apply(x, segments.keys) for x in own)
+        key, value = (torch.cat(pair) if past_length else pair[1] for pair in zip(past, seen, strict=True))
+    return one_by_one(query, key, value, segments, scale, past_length)
 
 
 def packed_attention(
@@ -47,11 +97,12 @@ def packed_attention(
     attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    segments: Segments | None = None,
-    past: PastKeyValues | None = None,
+    *,
+    segments: Segments,
+    past: Past = NO_PAST,
     **_kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment (without segments, the whole row is one), after what `past` holds.
+    """transformers' call of attention: what its layers know, and `segments` and `past` as `forward_hidden` has them.
 
     Args:
         query: [1, heads, length, head_dim]; key and value have kv_heads in place of heads.
@@ -60,22 +111,8 @@ def packed_attention(
         [1, length, heads, head_dim], and None in the place of attention weights.
     """
     # Over fp32 weights under autocast, queries and keys come in fp32 from their rotation; values don't.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    if segments is not None and past is None and varlen_kernel(query.device, query.dtype):
-        by_token = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        return _Attention.apply(*by_token, segments, scaling).unsqueeze(0), None
-
-    past_length = 0
-    if past is not None:
-        assert segments is None or segments.keys is None, "the past would not stand before the shared tokens"
-        key, value = past.extend(module.layer_idx, key, value)
-        past_length = key.shape[2] - query.shape[2]
-    elif segments is not None and segments.keys:
-        key, value = (
-            _KeysOfRows.apply(x.squeeze(0).transpose(0, 1), segments.keys).transpose(0, 1).unsqueeze(0)
-            for x in (key, value)
-        )
-    return one_by_one(query, key, value, segments, scaling, past_length).transpose(1, 2), None
+    by_token = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    return past.attend(*by_token, segments, scaling).unsqueeze(0), None
 
 
 def attention_forward(

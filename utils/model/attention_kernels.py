@@ -220,8 +220,7 @@ def _places(cumulative: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.
 def _each_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
 ) -> Tensors:
-    output = one_by_one(*(x.transpose(0, 1) for x in (query, key, value)), segments, scale).transpose(0, 1)
-    return output, query.new_empty(0, query.shape[0])
+    return one_by_one(query, key, value, segments, scale), query.new_empty(0, query.shape[0])
 
 
 def _each_backward(
@@ -249,33 +248,34 @@ def one_by_one(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    segments: Segments | None,
+    segments: Segments,
     scale: float | None,
     past_length: int = 0,
 ) -> torch.Tensor:
     """Causal attention within each segment, after `past_length` positions that all of them see.
 
     Args:
-        query: [..., heads, length, head_dim]; key and value have kv_heads in place of heads, and past_length more, or
-            are as the segments see them.
+        query: [length, heads, head_dim].
+        key: of the past positions, then as the segments see them, [past_length + keys, kv_heads, head_dim]; value
+            likewise.
     """
-    lengths = segments.lengths if segments is not None else [query.shape[-2]]
-    key_lengths = segments.keys.lengths if segments is not None and segments.keys else lengths
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    key_lengths = segments.keys.lengths if segments.keys else segments.lengths
 
     def of_each(states: torch.Tensor) -> Sequence[torch.Tensor]:
-        if len(lengths) == 1:
+        if len(key_lengths) == 1:
             return [states]
         # Slices instead of a split would each have a gradient as long as the row.
-        past, *own = states.split([past_length, *key_lengths], dim=-2)
-        return [torch.cat((past, part), dim=-2) for part in own] if past_length else own
+        past, *own = states.split([past_length, *key_lengths], dim=2)
+        return [torch.cat((past, part), dim=2) for part in own] if past_length else own
 
     outputs = []
-    for q, k, v in zip(query.split(lengths, dim=-2), of_each(key), of_each(value), strict=True):
-        length, before, mask = q.shape[-2], k.shape[-2] - q.shape[-2], None
+    for q, k, v in zip(query.split(segments.lengths, dim=2), of_each(key), of_each(value), strict=True):
+        length, before, mask = q.shape[2], k.shape[2] - q.shape[2], None
         if before and length > 1:
             mask = torch.ones(length, before + length, dtype=torch.bool, device=q.device).tril(before)
-        is_causal, grouped = before == 0 and length > 1, q.shape[-3] != k.shape[-3]
+        is_causal, grouped = before == 0 and length > 1, q.shape[1] != k.shape[1]
         outputs.append(
             scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
         )
-    return torch.cat(outputs, dim=-2)
+    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)

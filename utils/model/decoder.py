@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.model.activations import Activations, Kept, Recomputed
-from utils.model.attention import PastKeyValues
+from utils.model.attention import NO_PAST, Past
 from utils.rows.segments import Segments
 
 RunLayer = Callable[..., torch.Tensor]
@@ -40,7 +40,7 @@ def forward_hidden(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
     segments: Segments | None = None,
-    past: PastKeyValues | None = None,
+    pasts: Sequence[Past] | None = None,
     activations: Sequence[Activations] | None = None,
     run_layer: RunLayer | None = None,
 ) -> torch.Tensor:
@@ -51,28 +51,29 @@ def forward_hidden(
         input_ids: [length], one packed row.
         position_ids: [length], counted anew in every example.
         segments: where the row's examples lie; None = the row is one.
-        past: keys and values from before the row.
+        pasts: what stands before the segments in each layer; None = nothing.
         activations: where each layer leaves its own for the backward pass; None = where they are.
         run_layer: another way to compute a layer than `run_plain`.
     """
     decoder = causal_lm(model).model
     hidden = decoder.embed_tokens(input_ids.unsqueeze(0))
+    segments = segments or Segments.of([len(input_ids)], hidden.device)
     arguments: dict[str, Any] = {
         "attention_mask": None,
         "position_ids": position_ids.unsqueeze(0),
         "position_embeddings": decoder.rotary_emb(hidden, position_ids.unsqueeze(0)),
         "segments": segments,
-        "past": past,
     }
+    pasts = pasts or [NO_PAST for _layer in decoder.layers]
     places = activations or [Kept() for _layer in decoder.layers]
-    for layer, place in zip(decoder.layers, places, strict=True):
+    for layer, past, place in zip(decoder.layers, pasts, places, strict=True):
         device = layer.input_layernorm.weight.device
         # The next card of a model that is laid over several. (What lies in host memory comes when its layer is called.)
         if device != hidden.device and device.type != "cpu":
             hidden = hidden.to(device)
             arguments["position_embeddings"] = tuple(x.to(device) for x in arguments["position_embeddings"])
-            arguments["segments"] = segments.to(device) if segments else None
-        hidden = (run_layer or run_plain)(layer, hidden, place, **arguments)
+            arguments["segments"] = segments.to(device)
+        hidden = (run_layer or run_plain)(layer, hidden, place, past=past, **arguments)
     return decoder.norm(hidden).squeeze(0)
 
 

@@ -31,9 +31,9 @@ class ResponseLoss(nn.Module):
                 self.model,
                 batch.input_ids,
                 # As in generation, and in PEFT: a learnt prefix takes the first positions.
-                batch.position_ids + (prefix.length if prefix else 0),
+                batch.position_ids + prefix[0].length,
                 batch.segments,
-                past=prefix,
+                pasts=prefix,
                 activations=self.step_plan.activations(len(batch.input_ids), self.layers),
                 run_layer=self.fused,
             )

@@ -12,9 +12,13 @@ from inference.cache import KeyValueCache
 from utils.model import attention
 from utils.model.attention import Prefix, attention_backward, attention_forward, packed_attention
 from utils.model.attention_kernels import EFFICIENT, FLASH
+from utils.model.decoder import forward_hidden
+from utils.model.folder import ModelFolder
+from utils.model.weights import load_base_model
 from utils.rows.segments import Keys, Segments
 from utils.training.response_loss import ResponseLoss
 
+CPU = torch.device("cpu")
 HEAD_DIM = 8
 LAYER = SimpleNamespace(layer_idx=0)
 
@@ -54,17 +58,17 @@ SHAPES = pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)]
 @pytest.mark.parametrize("lengths", [[9], [4, 1, 4], [1, 1, 7], [3, 6]])
 def test_each_segment_sees_itself_alone_and_nothing_ahead(heads, kv_heads, lengths):
     query, key, value = random_states(heads, kv_heads, 9)
-    output, weights = packed_attention(LAYER, query, key, value, segments=Segments.of(lengths, query.device))
+    output, weights = packed_attention(LAYER, query, key, value, segments=Segments.of(lengths, CPU))
     assert weights is None
     assert output.shape == (1, 9, heads, HEAD_DIM)
     torch.testing.assert_close(output, plain_attention(query, key, value, lengths))
 
 
-@SHAPES
-def test_without_segments_the_row_is_one(heads, kv_heads):
-    query, key, value = random_states(heads, kv_heads, 6)
-    output, _ = packed_attention(LAYER, query, key, value)
-    torch.testing.assert_close(output, plain_attention(query, key, value, [6]))
+def test_without_segments_the_row_is_one(tiny_model):
+    model, row = load_base_model(ModelFolder(tiny_model), torch.float32, [CPU]), torch.arange(3, 9)
+    whole = forward_hidden(model, row, torch.arange(6))
+    assert torch.equal(whole, forward_hidden(model, row, torch.arange(6), Segments.of([6], CPU)))
+    assert not torch.allclose(whole, forward_hidden(model, row, torch.arange(6), Segments.of([3, 3], CPU)))
 
 
 @pytest.mark.parametrize("use_peft", [True, False])
@@ -79,7 +83,7 @@ def test_over_fp32_weights_attention_gets_what_kernels_take(tiny_model, tmp_path
 
 def test_scaling_is_used():
     query, key, value = random_states(2, 2, 5)
-    output, _ = packed_attention(LAYER, query, key, value, scaling=0.7)
+    output, _ = packed_attention(LAYER, query, key, value, scaling=0.7, segments=Segments.of([5], CPU))
     torch.testing.assert_close(output, plain_attention(query, key, value, [5], scaling=0.7))
 
 
@@ -88,7 +92,7 @@ def test_gradients(heads, kv_heads):
     lengths = [3, 1, 4]
     ours, plain = random_states(heads, kv_heads, 8), random_states(heads, kv_heads, 8)
     upstream = torch.randn(1, 8, heads, HEAD_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    (packed_attention(LAYER, *ours, segments=Segments.of(lengths, ours[0].device))[0] * upstream).sum().backward()
+    (packed_attention(LAYER, *ours, segments=Segments.of(lengths, CPU))[0] * upstream).sum().backward()
     (plain_attention(*plain, lengths) * upstream).sum().backward()
     for mine, theirs in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
@@ -97,7 +101,7 @@ def test_gradients(heads, kv_heads):
 # A row of <p0 p1> <a0 a1 a2> <b0> <c0 c1>, in which a and b begin with p.
 SHARED = Segments.of(
     [2, 3, 1, 2],
-    torch.device("cpu"),
+    CPU,
     keys=Keys(
         [2, 5, 3, 2],
         torch.tensor([0, 2, 7, 10, 12], dtype=torch.int32),
@@ -125,7 +129,7 @@ def test_segments_see_the_beginning_that_they_share(heads, kv_heads):
 
 @SHAPES
 def test_passes_called_by_hand_are_those_of_autograd(heads, kv_heads):
-    for segments in (SHARED, Segments.of([3, 5], torch.device("cpu"))):
+    for segments in (SHARED, Segments.of([3, 5], CPU)):
         states = random_states(heads, kv_heads, 8)
         upstream = torch.randn(1, 8, heads, HEAD_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
         output, _ = packed_attention(LAYER, *states, segments=segments)
@@ -143,7 +147,7 @@ def test_passes_called_by_hand_are_those_of_autograd(heads, kv_heads):
 def test_kernels_of_a_card_are_asked_for_the_same(heads, kv_heads, kernel, monkeypatch):
     """In bf16, by a formula in the place of the card's operators; with autograd, and by hand."""
     use_varlen_on_cpu(monkeypatch, kernel)
-    for segments in (SHARED, Segments.of([3, 5], torch.device("cpu")), Segments.of([1, 6, 1], torch.device("cpu"), 40)):
+    for segments in (SHARED, Segments.of([3, 5], CPU), Segments.of([1, 6, 1], CPU, 40)):
         ours = [x.detach().bfloat16().requires_grad_() for x in random_states(heads, kv_heads, 8)]
         plain = [x.detach().double().requires_grad_() for x in ours]
         upstream = torch.randn(1, 8, heads, HEAD_DIM, generator=torch.Generator().manual_seed(3)).bfloat16()
@@ -167,18 +171,19 @@ def test_cache_gives_the_same_in_pieces_as_at_once(heads, kv_heads, pieces):
     outputs = []
     for length in pieces:
         at = slice(cache.length, cache.length + length)
-        outputs.append(packed_attention(LAYER, query[:, :, at], key[:, :, at], value[:, :, at], past=cache)[0])
-        cache.length += length
+        states = (x[:, :, at] for x in (query, key, value))
+        outputs.append(packed_attention(LAYER, *states, segments=Segments.of([length], CPU), past=cache)[0])
     torch.testing.assert_close(torch.cat(outputs, dim=1), plain_attention(query, key, value, [7]))
 
 
 def test_layers_of_a_cache_are_kept_apart():
-    cache = KeyValueCache(4)
-    first, second = (x.detach() for x in random_states(2, 2, 3)[1:])
-    cache.extend(0, first, first)
-    keys, values = cache.extend(1, second, -second)
+    first, second = (x.detach()[0].transpose(0, 1) for x in random_states(2, 2, 3)[1:])
+    caches = KeyValueCache(4), KeyValueCache(4)
+    caches[0].extend(first, first)
+    keys, values = caches[1].extend(second, -second)
     torch.testing.assert_close(keys, second)
     torch.testing.assert_close(values, -second)
+    assert [cache.length for cache in caches] == [3, 3]
 
 
 def random_prefix(kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,22 +192,54 @@ def random_prefix(kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     return key.requires_grad_(), value.requires_grad_()
 
 
+def prefix_of(states) -> Prefix:
+    return Prefix(*(x[0].transpose(0, 1) for x in states))
+
+
 @SHAPES
 def test_every_segment_sees_the_whole_prefix(heads, kv_heads):
     lengths = [4, 1, 3]
     query, key, value = random_states(heads, kv_heads, 8)
     prefix = random_prefix(kv_heads)
-    segments = Segments.of(lengths, query.device)
-    output, _ = packed_attention(LAYER, query, key, value, segments=segments, past=Prefix([prefix]))
+    segments = Segments.of(lengths, CPU)
+    output, _ = packed_attention(LAYER, query, key, value, segments=segments, past=prefix_of(prefix))
     torch.testing.assert_close(output, plain_attention(query, key, value, lengths, prefix))
+
+
+def test_a_prefix_stands_before_shared_beginnings_too():
+    """Each segment against one that has prefix and beginning before it alone; with gradients."""
+    ours, plain = [*random_states(4, 2, 8), *random_prefix(2)], [*random_states(4, 2, 8), *random_prefix(2)]
+    upstream = torch.randn(1, 8, 4, HEAD_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    output, _ = packed_attention(LAYER, *ours[:3], segments=SHARED, past=prefix_of(ours[3:]))
+    apart = [x[:, :, SHARED.keys.rows] for x in plain[:3]]
+    expected = plain_attention(*apart, SHARED.keys.lengths, plain[3:])[:, [0, 1, 4, 5, 6, 9, 10, 11]]
+    torch.testing.assert_close(output, expected)
+    (output * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("segments", [SHARED, Segments.of([2, 3, 1, 2], CPU)], ids=["shared", "apart"])
+def test_several_continuations_of_what_a_cache_holds(segments):
+    """As if each segment came alone after the cached tokens."""
+    states = [x.detach() for x in random_states(4, 2, 5 + 8)]
+    cache = KeyValueCache(13)
+    for at, of_row in ((slice(5), Segments.of([5], CPU)), (slice(5, 13), segments)):
+        output, _ = packed_attention(LAYER, *(x[:, :, at] for x in states), segments=of_row, past=cache)
+    row, past = [x[:, :, 5:] for x in states], [x[:, :, :5] for x in states[1:]]
+    rows = segments.keys.rows if segments.keys else torch.arange(8)
+    lengths = segments.keys.lengths if segments.keys else segments.lengths
+    expected = plain_attention(*(x[:, :, rows] for x in row), lengths, past)
+    torch.testing.assert_close(output, expected[:, [0, 1, 4, 5, 6, 9, 10, 11]] if segments.keys else expected)
 
 
 def test_gradients_reach_the_prefix():
     lengths = [4, 1, 3]
     query, key, value = random_states(4, 2, 8)
     ours, plain = random_prefix(2), random_prefix(2)
-    segments = Segments.of(lengths, query.device)
-    output, _ = packed_attention(LAYER, query, key, value, segments=segments, past=Prefix([ours]))
+    segments = Segments.of(lengths, CPU)
+    output, _ = packed_attention(LAYER, query, key, value, segments=segments, past=prefix_of(ours))
     output.square().sum().backward()
     plain_attention(query, key, value, lengths, plain).square().sum().backward()
     for mine, theirs in zip(ours, plain, strict=True):
@@ -212,11 +249,11 @@ def test_gradients_reach_the_prefix():
 def test_cache_that_begins_with_a_prefix():
     query, key, value = (x.detach() for x in random_states(4, 2, 6))
     prefix = tuple(x.detach() for x in random_prefix(2))
-    cache = KeyValueCache(3 + 6, Prefix([prefix]))
+    cache = KeyValueCache(3 + 6, prefix_of(prefix))
     assert cache.length == 3
     outputs = []
     for start, length in ((0, 4), (4, 1), (5, 1)):
         at = slice(start, start + length)
-        outputs.append(packed_attention(LAYER, query[:, :, at], key[:, :, at], value[:, :, at], past=cache)[0])
-        cache.length += length
+        states = (x[:, :, at] for x in (query, key, value))
+        outputs.append(packed_attention(LAYER, *states, segments=Segments.of([length], CPU), past=cache)[0])
     torch.testing.assert_close(torch.cat(outputs, dim=1), plain_attention(query, key, value, [6], prefix))
