@@ -12,7 +12,7 @@ import torch
 
 from utils.model.attention_kernels import ONE_BY_ONE, one_by_one, varlen_kernel
 from utils.model.copy_after import copy_after
-from utils.rows.segments import Keys, Segments, keys_of_rows, rows_of_keys
+from utils.rows.segments import Contexts, Segments
 
 PACKED = "packed"
 
@@ -82,10 +82,10 @@ def attend_one_by_one(
         key: of `past_length` positions that stand before every segment, and of the row's tokens,
             [past_length + length, kv_heads, head_dim]; value likewise.
     """
-    if segments.keys:
+    if segments.contexts:
         past, own = zip(*(x.tensor_split((past_length,)) for x in (key, value)), strict=True)
-        seen = (_KeysOfRows.apply(x, segments.keys) for x in own)
-        key, value = (torch.cat(pair) if past_length else pair[1] for pair in zip(past, seen, strict=True))
+        own = (_GatherContexts.apply(x, segments.contexts) for x in own)
+        key, value = (torch.cat(pair) if past_length else pair[1] for pair in zip(past, own, strict=True))
     return one_by_one(query, key, value, segments, scale, past_length)
 
 
@@ -126,8 +126,8 @@ def attention_forward(
     Returns:
         The output, in query's shape, and a tensor for `attention_backward`, see Kernel.
     """
-    if segments.keys:
-        key, value = keys_of_rows(key, segments.keys.rows), keys_of_rows(value, segments.keys.rows)
+    if segments.contexts:
+        key, value = key[segments.contexts.tokens], value[segments.contexts.tokens]
     kernel = varlen_kernel(query.device, query.dtype) or ONE_BY_ONE
     return kernel.forward(query, key, value, segments, scale)
 
@@ -143,22 +143,22 @@ def attention_backward(
     scale: float | None,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of query, key and value; see `attention_forward`."""
-    if segments.keys:
-        rows = segments.keys.rows
-        if torch.compiler.is_compiling():  # or what the segments see would be kept
-            rows = copy_after(rows, grad_output)
-        key, value = keys_of_rows(key, rows), keys_of_rows(value, rows)
+    if segments.contexts:
+        tokens = segments.contexts.tokens
+        if torch.compiler.is_compiling():  # or the contexts' keys and values would be kept
+            tokens = copy_after(tokens, grad_output)
+        key, value = key[tokens], value[tokens]
     kernel = varlen_kernel(query.device, query.dtype) or ONE_BY_ONE
     grad_query, grad_key, grad_value = kernel.backward(
         grad_output, query, key, value, output, log_sum_exp, segments, scale
     )
-    if segments.keys:
-        grad_key, grad_value = rows_of_keys(grad_key, segments.keys), rows_of_keys(grad_value, segments.keys)
+    if segments.contexts:
+        grad_key, grad_value = segments.contexts.add_up(grad_key), segments.contexts.add_up(grad_value)
     return grad_query, grad_key, grad_value
 
 
 class _Attention(torch.autograd.Function):
-    """Both for autograd. What the segments see is put together anew for the backward pass, and not kept."""
+    """Both passes for autograd. Keys and values of contexts are gathered anew for the backward pass, and not kept."""
 
     @staticmethod
     def forward(
@@ -180,18 +180,18 @@ class _Attention(torch.autograd.Function):
         return *attention_backward(grad_output, *ctx.saved_tensors, ctx.segments, ctx.scale), None, None
 
 
-class _KeysOfRows(torch.autograd.Function):
-    """`keys_of_rows` with `rows_of_keys` as its gradient."""
+class _GatherContexts(torch.autograd.Function):
+    """Keys or values of the row's tokens, [tokens, …] -> those of the segments' contexts, [places, …]."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, keys: Keys) -> torch.Tensor:
-        ctx.keys = keys
-        return keys_of_rows(states, keys.rows)
+    def forward(ctx: Any, states: torch.Tensor, contexts: Contexts) -> torch.Tensor:
+        ctx.contexts = contexts
+        return states[contexts.tokens]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         (grad,) = grad_outputs
-        return rows_of_keys(grad, ctx.keys), None
+        return ctx.contexts.add_up(grad), None
 
 
 def register() -> None:

@@ -1,6 +1,6 @@
 """torch's kernels for attention within the segments of a row, forward and backward, behind one interface.
 
-All are causal: the last query of a segment sees all of the segment's keys, the one before all but the last.
+All are causal: the last query of a segment attends to all of the segment's context, the one before to all but the last.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ LOG_SUM_MULTIPLE = 32
 class Kernel(NamedTuple):
     """Attention for a backward pass that is called by hand.
 
-    Query is [length, heads, head_dim]; key and value have kv_heads in place of heads and, in place of the row's tokens,
-    what the segments see, end to end.
+    Query is [length, heads, head_dim]; key and value are those of the segments' contexts, end to end,
+    [places, kv_heads, head_dim].
 
     Attributes:
         forward: (query, key, value, segments, scale) -> output, in query's shape, and the softmax's logarithmic sums,
@@ -205,7 +205,7 @@ EFFICIENT = Kernel(_efficient_forward, _efficient_backward)
 
 
 def _for_each_head(states: torch.Tensor, heads: int) -> torch.Tensor:
-    """Keys or values, [keys, kv_heads, head_dim], repeated for the query heads that share them."""
+    """Keys or values, [places, kv_heads, head_dim], repeated for the query heads that share them."""
     repeats = heads // states.shape[1]
     return states.repeat_interleave(repeats, dim=1) if repeats > 1 else states
 
@@ -252,21 +252,20 @@ def one_by_one(
     scale: float | None,
     past_length: int = 0,
 ) -> torch.Tensor:
-    """Causal attention within each segment, after `past_length` positions that all of them see.
+    """Causal attention of each segment to its context, after `past_length` positions that all of them attend to.
 
     Args:
         query: [length, heads, head_dim].
-        key: of the past positions, then as the segments see them, [past_length + keys, kv_heads, head_dim]; value
-            likewise.
+        key: of the past positions, then of the contexts, [past_length + places, kv_heads, head_dim]; value likewise.
     """
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    key_lengths = segments.keys.lengths if segments.keys else segments.lengths
+    context_lengths = segments.contexts.lengths if segments.contexts else segments.lengths
 
     def of_each(states: torch.Tensor) -> Sequence[torch.Tensor]:
-        if len(key_lengths) == 1:
+        if len(context_lengths) == 1:
             return [states]
         # Slices instead of a split would each have a gradient as long as the row.
-        past, *own = states.split([past_length, *key_lengths], dim=2)
+        past, *own = states.split([past_length, *context_lengths], dim=2)
         return [torch.cat((past, part), dim=2) for part in own] if past_length else own
 
     outputs = []

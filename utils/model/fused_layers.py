@@ -199,9 +199,9 @@ class _FusedLayer(torch.autograd.Function):
 def _mark_row(hidden: torch.Tensor, row: Row) -> None:
     """Let compiled code take any length of the row, and any number of segments."""
     _mark_length(hidden, row.cos, row.sin, row.segments.cumulative)
-    if keys := row.segments.keys:
-        _mark_length(keys.cumulative, keys.rows, keys.copies, keys.own)
-        torch._dynamo.maybe_mark_dynamic(keys.copies, 1)
+    if contexts := row.segments.contexts:
+        _mark_length(contexts.cumulative, contexts.tokens, contexts.places_of_shared, contexts.places_of_own)
+        torch._dynamo.maybe_mark_dynamic(contexts.places_of_shared, 1)
 
 
 def _mark_length(*tensors: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from ft_datasets.examples import Example
 from utils.rows.schedule import Schedule
-from utils.rows.segments import ROW_MULTIPLE, Keys, Segments, bounds
+from utils.rows.segments import ROW_MULTIPLE, Contexts, Segments, bounds
 
 
 def share_out(
@@ -64,9 +64,9 @@ def share_out(
 
 
 def heaviest_first(examples: Sequence[Example]) -> list[Example]:
-    """The longest, then those that attention has the most keys and values of, beside what they count; the rest."""
-    keys_first = sorted(examples, key=lambda example: (len(example) / example.load, len(example)), reverse=True)
-    return [max(examples, key=len), *keys_first]
+    """The longest example, then all by their context's length beside what they count in a row, longest first."""
+    by_context = sorted(examples, key=lambda example: (len(example) / example.load, len(example)), reverse=True)
+    return [max(examples, key=len), *by_context]
 
 
 def first_that_fit(examples: Iterable[Example], token_budget: int) -> list[Example]:
@@ -113,7 +113,7 @@ def tokens_of_a_step(examples: Sequence[Example], schedule: Schedule, processes:
 
 
 def load_of_a_row(examples: Sequence[Example]) -> int:
-    """What a row of these examples counts: no less than its tokens, nor than half of what its segments see."""
+    """What a row of these examples counts: no less than its tokens, nor than half of its segments' contexts."""
     return shared_tokens(examples) + sum(example.load for example in examples)
 
 
@@ -142,50 +142,55 @@ class PackedBatch:
 
 
 class _Row:
-    """A row in the making."""
+    """A row in the making; the drawing in utils/rows/segments.py shows one.
+
+    Attributes:
+        length: tokens so far.
+        places: tokens of all segments' contexts so far.
+        prefix_places: where each prefix begins in every context that has it; prefixes by their tokens' numbers.
+    """
 
     def __init__(self) -> None:
-        self.length = self.keys = 0
+        self.length = self.places = 0
         self.input_ids: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
-        self.key_rows: list[np.ndarray] = []
+        self.context_tokens: list[np.ndarray] = []
         self.lengths: list[int] = []
-        self.key_lengths: list[int] = []
-        self.first_keys: dict[range, list[int]] = {}
-        """Of each prefix, by the rows where it stands: where its keys begin, in all segments that see it."""
+        self.context_lengths: list[int] = []
+        self.prefix_places: dict[range, list[int]] = {}
 
     def append(self, input_ids: np.ndarray, prefix: range = range(0)) -> int:
-        """Add a segment that goes on from a prefix; the row of its first token."""
+        """Add a segment that goes on from a prefix; the number of its first token."""
         first, length = self.length, len(input_ids)
         if prefix:
-            self.first_keys[prefix].append(self.keys)
+            self.prefix_places[prefix].append(self.places)
         self.input_ids.append(input_ids)
         self.positions.append(np.arange(len(prefix), len(prefix) + length))
-        self.key_rows += [np.array(prefix, dtype=np.int64), np.arange(first, first + length)]
+        self.context_tokens += [np.array(prefix, dtype=np.int64), np.arange(first, first + length)]
         self.lengths.append(length)
-        self.key_lengths.append(len(prefix) + length)
+        self.context_lengths.append(len(prefix) + length)
         self.length += length
-        self.keys += len(prefix) + length
+        self.places += len(prefix) + length
         return first
 
     def append_prefix(self, input_ids: np.ndarray) -> range:
-        """Add a prefix, before any other segment; the rows where it stands."""
+        """Add a prefix, before any segment that is none; the numbers of its tokens."""
         first = self.append(input_ids)
-        rows = range(first, self.length)
-        self.first_keys[rows] = [first]
-        return rows
+        prefix = range(first, self.length)
+        self.prefix_places[prefix] = [first]
+        return prefix
 
-    def segment_keys(self) -> Keys | None:
-        """What the segments see; None = each itself alone."""
-        if not self.first_keys:
+    def contexts(self) -> Contexts | None:
+        """What the segments attend to; None = each to itself alone."""
+        if not self.prefix_places:
             return None
-        key_rows, shared = np.concatenate(self.key_rows), sum(map(len, self.first_keys))
-        copies = np.full((max(map(len, self.first_keys.values())), shared), -1)
-        for rows, firsts in self.first_keys.items():
-            copies[: len(firsts), rows.start : rows.stop] = np.add.outer(firsts, np.arange(len(rows)))
-        own = np.flatnonzero(key_rows >= shared)  # in the rows' order, each once
-        tensors = (torch.from_numpy(array) for array in (key_rows, copies, own))
-        return Keys(self.key_lengths, bounds(self.key_lengths), *tensors)
+        tokens, shared = np.concatenate(self.context_tokens), sum(map(len, self.prefix_places))
+        places_of_shared = np.full((max(map(len, self.prefix_places.values())), shared), -1)
+        for prefix, firsts in self.prefix_places.items():
+            places_of_shared[: len(firsts), prefix.start : prefix.stop] = np.add.outer(firsts, np.arange(len(prefix)))
+        places_of_own = np.flatnonzero(tokens >= shared)  # in the tokens' order, each once
+        tensors = (torch.from_numpy(array) for array in (tokens, places_of_shared, places_of_own))
+        return Contexts(self.context_lengths, bounds(self.context_lengths), *tensors)
 
 
 def pack(
@@ -224,7 +229,7 @@ def pack(
     return PackedBatch(
         input_ids=input_ids.to(device, non_blocking=True),
         position_ids=torch.from_numpy(np.concatenate(row.positions)).to(device, non_blocking=True),
-        segments=Segments.of(row.lengths, device, longest, row.segment_keys()),
+        segments=Segments.of(row.lengths, device, longest, row.contexts()),
         label_rows=rows.to(last_device or device, non_blocking=True),
         label_ids=input_ids[rows + 1].to(last_device or device, non_blocking=True),
     )

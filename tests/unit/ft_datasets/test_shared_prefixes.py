@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_packing import share_out_plainly
+from helpers.sharing_out import share_out_plainly
 
 from ft_datasets.alpaca_dataset import load_records
 from ft_datasets.encoding import encode_records
@@ -103,22 +103,27 @@ def test_a_row_with_a_shared_beginning_is_as_written_by_hand():
     assert batch.segments.cumulative.tolist() == [0, 1, 4, 7, 10]
     assert batch.label_rows.tolist() == [1, 2, 5, 8]
     assert batch.label_ids.tolist() == [11, 12, 31, 21]
-    keys = batch.segments.keys
-    assert keys.lengths == [1, 4, 3, 4]
-    assert keys.cumulative.tolist() == [0, 1, 5, 8, 12]
-    assert keys.rows.tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 0, 7, 8, 9]
-    assert keys.copies.tolist() == [[0], [1], [8]]
-    assert keys.own.tolist() == [2, 3, 4, 5, 6, 7, 9, 10, 11]
+    contexts = batch.segments.contexts
+    assert contexts.lengths == [1, 4, 3, 4]
+    assert contexts.cumulative.tolist() == [0, 1, 5, 8, 12]
+    assert contexts.tokens.tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 0, 7, 8, 9]
+    assert contexts.places_of_shared.tolist() == [[0], [1], [8]]
+    assert contexts.places_of_own.tolist() == [2, 3, 4, 5, 6, 7, 9, 10, 11]
     assert batch.segments.longest == 4
 
 
 def test_a_row_with_two_shared_beginnings_is_as_written_by_hand():
     made = [example([1, 2, 9, 7], 3, 2)] * 2 + [example([1, 3, 4, 9, 7], 4, 3)] * 3
-    keys = pack(made, CPU, at_least=20).segments.keys
-    assert keys.lengths == [2, 3, 4, 4, 5, 5, 5, 5]  # the last fills the row up
-    assert keys.rows.tolist()[:13] == [0, 1, 2, 3, 4, 0, 1, 5, 6, 0, 1, 7, 8]
-    assert keys.copies.tolist() == [[0, 1, 2, 3, 4], [5, 6, 13, 14, 15], [9, 10, 18, 19, 20], [-1, -1, 23, 24, 25]]
-    assert len(keys.own) == 20 - 5
+    contexts = pack(made, CPU, at_least=20).segments.contexts
+    assert contexts.lengths == [2, 3, 4, 4, 5, 5, 5, 5]  # the last fills the row up
+    assert contexts.tokens.tolist()[:13] == [0, 1, 2, 3, 4, 0, 1, 5, 6, 0, 1, 7, 8]
+    assert contexts.places_of_shared.tolist() == [
+        [0, 1, 2, 3, 4],
+        [5, 6, 13, 14, 15],
+        [9, 10, 18, 19, 20],
+        [-1, -1, 23, 24, 25],
+    ]
+    assert len(contexts.places_of_own) == 20 - 5
 
 
 def test_a_beginning_that_one_of_a_row_has_is_no_exception():
@@ -126,8 +131,8 @@ def test_a_beginning_that_one_of_a_row_has_is_no_exception():
     batch = pack([example([1, 10, 11], 2, 1), example([2, 10, 11], 2)], CPU)
     assert batch.input_ids.tolist() == [1, 10, 11, 2, 10, 11]
     assert batch.segments.lengths == [1, 2, 3]
-    assert batch.segments.keys.copies.tolist() == [[0], [1]]
-    assert pack([example([1, 10, 11], 2)], CPU).segments.keys is None
+    assert batch.segments.contexts.places_of_shared.tolist() == [[0], [1]]
+    assert pack([example([1, 10, 11], 2)], CPU).segments.contexts is None
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -146,7 +151,7 @@ def test_a_beginning_counts_once_in_a_micro_batch(seed):
         if batch:
             packed = pack([made[i] for i in batch], CPU)
             assert len(packed.input_ids) <= budget
-            assert packed.segments.keys is None or len(packed.segments.keys.rows) <= 2 * budget
+            assert packed.segments.contexts is None or len(packed.segments.contexts.tokens) <= 2 * budget
 
 
 def test_tokens_of_a_step_are_those_of_the_rows_of_its_processes():
@@ -190,7 +195,7 @@ def test_no_row_has_more_keys_than_that_of_a_trial(seed):
 
     def keys(row: list[Example]) -> int:
         segments = pack(row, CPU, at_least=budget).segments
-        return sum(segments.keys.lengths if segments.keys else segments.lengths)
+        return sum(segments.contexts.lengths if segments.contexts else segments.lengths)
 
     trial = first_that_fit(heaviest_first(made), budget)
     rows = [[made[i] for i in batch] for batch in share_out(made, budget, 1)]
@@ -202,8 +207,8 @@ def test_long_beginnings_of_short_examples_do_not_make_rows_of_too_many_keys():
     """Attention has a copy of a beginning's keys and values for each that shares it."""
     made = [example([1] * 400 + [number] * 20, 401, 400) for number in range(100)]
     (batch,) = [first_that_fit(made, 4000)]
-    keys = pack(batch, CPU).segments.keys
-    assert 7000 < len(keys.rows) <= 8000
+    contexts = pack(batch, CPU).segments.contexts
+    assert 7000 < len(contexts.tokens) <= 8000
 
 
 @pytest.mark.parametrize("own", [30, 700])

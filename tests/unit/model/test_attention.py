@@ -15,7 +15,7 @@ from utils.model.attention_kernels import EFFICIENT, FLASH
 from utils.model.decoder import forward_hidden
 from utils.model.folder import ModelFolder
 from utils.model.weights import load_base_model
-from utils.rows.segments import Keys, Segments
+from utils.rows.segments import Contexts, Segments
 from utils.training.response_loss import ResponseLoss
 
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def test_gradients(heads, kv_heads):
 SHARED = Segments.of(
     [2, 3, 1, 2],
     CPU,
-    keys=Keys(
+    contexts=Contexts(
         [2, 5, 3, 2],
         torch.tensor([0, 2, 7, 10, 12], dtype=torch.int32),
         torch.tensor([0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 7]),
@@ -118,7 +118,7 @@ def test_segments_see_the_beginning_that_they_share(heads, kv_heads):
     ours, plain = random_states(heads, kv_heads, 8), random_states(heads, kv_heads, 8)
     upstream = torch.randn(1, 8, heads, HEAD_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     output, _ = packed_attention(LAYER, *ours, segments=SHARED)
-    apart = plain_attention(*(x[:, :, SHARED.keys.rows] for x in plain), SHARED.keys.lengths)
+    apart = plain_attention(*(x[:, :, SHARED.contexts.tokens] for x in plain), SHARED.contexts.lengths)
     expected = apart[:, [0, 1, 4, 5, 6, 9, 10, 11]]
     torch.testing.assert_close(output, expected)
     (output * upstream).sum().backward()
@@ -211,8 +211,8 @@ def test_a_prefix_stands_before_shared_beginnings_too():
     ours, plain = [*random_states(4, 2, 8), *random_prefix(2)], [*random_states(4, 2, 8), *random_prefix(2)]
     upstream = torch.randn(1, 8, 4, HEAD_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     output, _ = packed_attention(LAYER, *ours[:3], segments=SHARED, past=prefix_of(ours[3:]))
-    apart = [x[:, :, SHARED.keys.rows] for x in plain[:3]]
-    expected = plain_attention(*apart, SHARED.keys.lengths, plain[3:])[:, [0, 1, 4, 5, 6, 9, 10, 11]]
+    apart = [x[:, :, SHARED.contexts.tokens] for x in plain[:3]]
+    expected = plain_attention(*apart, SHARED.contexts.lengths, plain[3:])[:, [0, 1, 4, 5, 6, 9, 10, 11]]
     torch.testing.assert_close(output, expected)
     (output * upstream).sum().backward()
     (expected * upstream).sum().backward()
@@ -228,10 +228,10 @@ def test_several_continuations_of_what_a_cache_holds(segments):
     for at, of_row in ((slice(5), Segments.of([5], CPU)), (slice(5, 13), segments)):
         output, _ = packed_attention(LAYER, *(x[:, :, at] for x in states), segments=of_row, past=cache)
     row, past = [x[:, :, 5:] for x in states], [x[:, :, :5] for x in states[1:]]
-    rows = segments.keys.rows if segments.keys else torch.arange(8)
-    lengths = segments.keys.lengths if segments.keys else segments.lengths
+    rows = segments.contexts.tokens if segments.contexts else torch.arange(8)
+    lengths = segments.contexts.lengths if segments.contexts else segments.lengths
     expected = plain_attention(*(x[:, :, rows] for x in row), lengths, past)
-    torch.testing.assert_close(output, expected[:, [0, 1, 4, 5, 6, 9, 10, 11]] if segments.keys else expected)
+    torch.testing.assert_close(output, expected[:, [0, 1, 4, 5, 6, 9, 10, 11]] if segments.contexts else expected)
 
 
 def test_gradients_reach_the_prefix():

@@ -147,7 +147,7 @@ def kept_a_token(
     (On a CPU it has; dropout's mask is as wide as its input there.)
     """
     tokens, kept = sum(segments.lengths), {}
-    keys = sum(segments.keys.lengths) if segments.keys else tokens
+    keys = sum(segments.contexts.lengths) if segments.contexts else tokens
     is_full = not config.use_peft
     weights = torch.float32 if is_full and not config.pure_bf16 else torch.bfloat16
     on_cpu = World(0, 0, 1, [torch.device("cpu")])
@@ -197,7 +197,7 @@ def test_keys_of_shared_beginnings_are_made_anew_for_the_backward_pass(grouped_m
     use_varlen_on_cpu(monkeypatch)
     row = [Example(i, "", np.arange(200, dtype=np.int32), learnt=((101, 200),), shared_length=100) for i in range(9)]
     segments = pack(row, torch.device("cpu")).segments
-    assert (sum(segments.lengths), sum(segments.keys.lengths)) == (1000, 1900)
+    assert (sum(segments.lengths), sum(segments.contexts.lengths)) == (1000, 1900)
     folder = ModelFolder(grouped_model)
     alone, shared = (kept_a_token(SETTINGS["full"], folder, backend, each)[0] for each in (ALONE, segments))
     assert shared == alone
