@@ -6,6 +6,7 @@ tests/parity/test_fused_layers.py holds both equal, in outputs and gradients.
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -45,84 +46,88 @@ def why_plain(config: TrainingConfig, model: dict[str, Any], device: torch.devic
     return ""
 
 
+class AdapterCopy(NamedTuple):
+    """A parameter of an adapter, and where the arithmetic reads it: in the compute dtype, times a factor."""
+
+    parameter: nn.Parameter
+    place: torch.Tensor
+    factor: float
+
+
+class AdaptedLinear:
+    """A linear layer of the model with its LoRA adapter, if it has one, laid out for the arithmetic.
+
+    Args:
+        module: nn.Linear or QuantizedLinear, or PEFT's layer over one of them.
+        a: the A of its group's adapters, see Group.
+        columns: those of its adapter, see Linear.
+
+    Attributes:
+        linear: what the arithmetic reads.
+        copies: A and B of the adapter, with their places in `a` and in the linear's `b`.
+    """
+
+    def __init__(self, module: nn.Module, a: torch.Tensor | None, columns: slice | None) -> None:
+        base = getattr(module, "base_layer", module)
+        b = weight_and_b = None
+        scaling = 1.0
+        self.copies: list[AdapterCopy] = []
+        if a is not None and columns is not None:
+            scaling = module.scaling["default"]
+            b = a.new_zeros(base.out_features, len(a))
+            if not isinstance(base, QuantizedLinear):
+                weight_and_b = torch.cat((base.weight, b), dim=1)
+                # The module's own weight is a view from here on, so that memory holds it once.
+                base.weight.data, b = weight_and_b.split((base.in_features, len(a)), dim=1)
+            self.copies = [
+                AdapterCopy(module.lora_A["default"].weight, a[columns], 1.0),
+                AdapterCopy(module.lora_B["default"].weight, b[:, columns], scaling),
+            ]
+        if isinstance(base, QuantizedLinear):
+            dequantize, stored = base.dequantize_fused, base.stored()
+        else:
+            dequantize, stored = as_stored, (base.weight,)
+        self.linear = Linear(dequantize, stored, base.bias, columns, b, weight_and_b, scaling)
+
+
 class FusedLayers:
     """Stand-ins for all layers of a decoder; called in the place of `run_plain`.
 
     Args:
         model: with a LoRA adapter.
         dtype: to compute in.
+
+    Attributes:
+        weights: what the arithmetic reads of each layer.
+        adapters: each layer's trained parameters, in the order of their gradients.
+        kept_bytes: what a layer keeps of a token for its backward pass, tensor by tensor, but for a few narrow ones.
+        functions: both passes of a layer.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.weights: dict[nn.Module, LayerWeights] = {}
         self.adapters: dict[nn.Module, list[nn.Parameter]] = {}
-        self._parameters: list[nn.Parameter] = []
-        self._copies: list[torch.Tensor] = []
-        self._scalings: list[float] = []
+        self._copies: list[AdapterCopy] = []
         layers = causal_lm(model).model.layers
         for layer in layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            self.adapters[layer] = []
-            groups = [
-                self._group(layer, dtype, *modules)
-                for modules in (
-                    (attention.q_proj, attention.k_proj, attention.v_proj),
-                    (attention.o_proj,),
-                    (mlp.gate_proj, mlp.up_proj),
-                    (mlp.down_proj,),
-                )
-            ]
-            norms = (
-                layer.input_layernorm,
-                getattr(attention, "q_norm", None),
-                getattr(attention, "k_norm", None),
-                layer.post_attention_layernorm,
-            )
-            self.weights[layer] = LayerWeights(*(norm.weight if norm else None for norm in norms), *groups)
-        self.dtype = dtype
-        first = layers[0]
-        self.shape = LayerShape(
-            first.self_attn.head_dim, first.input_layernorm.variance_epsilon, first.self_attn.scaling
-        )
-        linears = (first.self_attn.q_proj, first.self_attn.k_proj, first.self_attn.v_proj, first.self_attn.o_proj)
-        widths = [linear.out_features for linear in (*linears, first.mlp.gate_proj, first.mlp.up_proj)]
-        self.kept_bytes = [width * dtype.itemsize for width in (*widths, first.self_attn.o_proj.in_features)]
-        """What a layer keeps of a token for its backward pass, tensor by tensor, but for a few narrow ones."""
+            groups = [_adapted_group(modules, dtype) for modules in _linears_by_input(layer)]
+            self.weights[layer] = LayerWeights(*_norm_weights(layer), *(group for group, _copies in groups))
+            copies = [copy for _group, copies in groups for copy in copies]
+            self.adapters[layer] = [copy.parameter for copy in copies]
+            self._copies += copies
+        attention, mlp = layers[0].self_attn, layers[0].mlp
+        self.shape = LayerShape(attention.head_dim, layers[0].input_layernorm.variance_epsilon, attention.scaling)
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj)
+        widths = [*(linear.out_features for linear in linears), attention.o_proj.in_features]
+        self.kept_bytes = [width * dtype.itemsize for width in widths]
         self.functions = Functions(fused_arithmetic.forward, fused_arithmetic.backward)
-
-    def _group(self, layer: nn.Module, dtype: torch.dtype, *modules: nn.Module) -> Group:
-        adapted = [module for module in modules if hasattr(module, "lora_A")]
-        ranks = [module.r["default"] for module in adapted]
-        starts = [sum(ranks[:i]) for i in range(len(adapted))]
-        width = math.ceil(sum(ranks) / ALIGNED) * ALIGNED
-        a = modules[0].weight.new_zeros(width, modules[0].in_features, dtype=dtype) if adapted else None
-        linears = []
-        for module in modules:
-            base = getattr(module, "base_layer", module)
-            is_quantized = isinstance(base, QuantizedLinear)
-            columns = b = weight_and_b = None
-            scaling = 1.0
-            if module in adapted:
-                start, rank = starts[adapted.index(module)], ranks[adapted.index(module)]
-                columns, scaling = slice(start, start + rank), module.scaling["default"]
-                if is_quantized:
-                    b = a.new_zeros(base.out_features, width)
-                else:
-                    weight_and_b = torch.cat((base.weight, a.new_zeros(base.out_features, width)), dim=1)
-                    base.weight.data, b = weight_and_b.split((base.in_features, width), dim=1)
-                pair = [module.lora_A["default"].weight, module.lora_B["default"].weight]
-                self.adapters[layer] += pair
-                self._parameters += pair
-                self._copies += [a[columns], b[:, columns]]
-                self._scalings += [1.0, scaling]
-            dequantize, stored = (base.dequantize_fused, base.stored()) if is_quantized else (as_stored, (base.weight,))
-            linears.append(Linear(dequantize, stored, base.bias, columns, b, weight_and_b, scaling))
-        return Group(tuple(linears), a)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the adapters' parameters as they are now; to be called whenever they have changed."""
-        torch._foreach_copy_(self._copies, torch._foreach_mul(self._parameters, self._scalings))
+        parameters, places, factors = map(list, zip(*self._copies, strict=True))
+        torch._foreach_copy_(places, torch._foreach_mul(parameters, factors))
 
     def compile(self) -> None:
         """Compile forward and backward; all layers share the code, whatever a row's length is."""
@@ -145,15 +150,44 @@ class FusedLayers:
         return _FusedLayer.apply(hidden[0].to(self.dtype), call, *self.adapters[layer]).unsqueeze(0)
 
 
+def _linears_by_input(layer: nn.Module) -> list[tuple[nn.Module, ...]]:
+    """A layer's linear modules; those that read the same input together, as LayerWeights has them."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (attention.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    ]
+
+
+def _norm_weights(layer: nn.Module) -> list[torch.Tensor | None]:
+    """The weights of a layer's norms, in the order of LayerWeights; None = the layer lacks this one."""
+    attention = layer.self_attn
+    of_heads = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    norms = (layer.input_layernorm, *of_heads, layer.post_attention_layernorm)
+    return [norm.weight if norm else None for norm in norms]
+
+
+def _adapted_group(modules: tuple[nn.Module, ...], dtype: torch.dtype) -> tuple[Group, list[AdapterCopy]]:
+    """Linear modules that read the same input, laid out for the arithmetic, and all copies of their adapters."""
+    ranks = [module.r["default"] if hasattr(module, "lora_A") else 0 for module in modules]
+    width = math.ceil(sum(ranks) / ALIGNED) * ALIGNED
+    a = modules[0].weight.new_zeros(width, modules[0].in_features, dtype=dtype) if width else None
+    columns = (slice(end - rank, end) if rank else None for rank, end in zip(ranks, accumulate(ranks), strict=True))
+    linears = [AdaptedLinear(module, a, own) for module, own in zip(modules, columns, strict=True)]
+    return Group(tuple(each.linear for each in linears), a), [copy for each in linears for copy in each.copies]
+
+
 class Functions(NamedTuple):
-    """Those of utils/model/fused_arithmetic.py, compiled or not."""
+    """A layer's forward and backward pass (utils/model/fused_arithmetic.py), compiled or not."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
 
 
 class _Call(NamedTuple):
-    """What a layer's passes are made of, beside its input."""
+    """What a layer's two passes take beside its input."""
 
     functions: Functions
     shape: LayerShape

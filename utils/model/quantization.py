@@ -196,20 +196,21 @@ class Nf4Linear(QuantizedLinear):
         return (values * scales[:, None, None]).to(dtype).view(weight.shape[0], 2 * weight.shape[1])
 
 
-LAYERS: dict[Quantization, type[QuantizedLinear]] = {"8bit": Int8Linear, "4bit": Nf4Linear}
+QUANTIZED_LINEARS: dict[Quantization, type[QuantizedLinear]] = {"8bit": Int8Linear, "4bit": Nf4Linear}
 
 
 def quantize_linears(module: nn.Module, quantization: Quantization, compute_dtype: torch.dtype) -> None:
     """Replace every linear layer within `module` by an empty quantised one, to be filled by `quantize_`."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            setattr(module, name, LAYERS[quantization](child, compute_dtype))
+            setattr(module, name, QUANTIZED_LINEARS[quantization](child, compute_dtype))
         else:
             quantize_linears(child, quantization, compute_dtype)
 
 
 def rounded_weight(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
     """What `quantization` makes of a weight: quantised and dequantised again, fp32, same shape."""
-    layer = LAYERS[quantization](nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta"), torch.float32)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer = QUANTIZED_LINEARS[quantization](linear, torch.float32)
     layer.quantize_(weight)
     return layer.dequantize()

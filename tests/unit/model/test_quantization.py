@@ -5,7 +5,7 @@ import torch
 from bitsandbytes import functional
 from torch import nn
 
-from utils.model.quantization import LAYERS, QuantizedLinear, quantize_linears, rounded_weight
+from utils.model.quantization import QUANTIZED_LINEARS, QuantizedLinear, quantize_linears, rounded_weight
 
 SHAPES = [(32, 64), (33, 66), (7, 100), (1, 64), (128, 24), (64, 96), (5, 96), (3, 32)]
 """Rows that are no whole number of NF4's blocks among them; they hold whole bytes: an even number of weights."""
@@ -22,7 +22,7 @@ def quantized_layer(
     quantization: str, weight: torch.Tensor, compute: torch.dtype = torch.float32, bias: torch.Tensor | None = None
 ) -> QuantizedLinear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer = LAYERS[quantization](linear, compute)
+    layer = QUANTIZED_LINEARS[quantization](linear, compute)
     layer.quantize_(weight)
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)
@@ -185,4 +185,4 @@ def test_every_linear_layer_within_is_replaced(quantization):
     module = nn.ModuleDict({"a": nn.Linear(64, 32), "b": nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU())})
     quantize_linears(module, quantization, torch.float32)
     kinds = {name: type(child) for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-    assert kinds == {"a": LAYERS[quantization], "b.0": LAYERS[quantization]}
+    assert kinds == {"a": QUANTIZED_LINEARS[quantization], "b.0": QUANTIZED_LINEARS[quantization]}
