@@ -1,6 +1,6 @@
 """A local server that speaks the hub's API and file routes as huggingface_hub sees them, and misbehaves by seed.
 
-    python tests/fake_hub.py      # prints two addresses as one JSON line: the hub's, and its storage host's
+    python tests/helpers/fake_hub.py      # prints two addresses as one JSON line: the hub's, and its storage host's
 
 A scenario, posted to /_scenario as JSON, lives under its own path: http://127.0.0.1:PORT/NAME is an endpoint like
 https://huggingface.co. GET /NAME/_report tells what happened there. ModelScope's routes are served too.
