@@ -2,6 +2,7 @@
 # make test         the test suite
 # make soak         long fault and parity tests (an hour or two)
 # make lint         ruff
+# make levels       who may import whom, and whether it is so
 #
 # Behind a slow line give a package mirror: make quickstart PIP_INDEX=https://pypi.tuna.tsinghua.edu.cn/simple
 
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(PIP_INDEX),--index-url $(PIP_INDEX))
 
-.PHONY: quickstart test soak lint catalogue venv
+.PHONY: quickstart test soak lint levels catalogue venv
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/python -u scripts/quickstart.py
@@ -30,6 +31,9 @@ soak: $(VENV)/.installed-dev
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+levels: $(VENV)/.installed-dev
+	@$(BIN)/python tests/unit/test_layout.py
 
 catalogue: $(VENV)/.installed-dev
 	@$(BIN)/python -m scripts.catalogue

@@ -1,0 +1,1 @@
+"""Settings as dataclasses, the flags that come of them, errors and translations. The standard library alone."""

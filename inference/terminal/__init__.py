@@ -1,0 +1,1 @@
+"""The conversation in a terminal, over the engine. Nothing that the web needs."""

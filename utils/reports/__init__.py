@@ -1,0 +1,1 @@
+"""What a run tells people: lines, plans, previews, a picture. It reads what others found, and decides nothing."""
