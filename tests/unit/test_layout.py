@@ -146,6 +146,17 @@ def f():
     assert imported(source) == modules | {"numpy", "torch"}
 
 
+def test_every_package_has_its_sign():
+    signs = {file: file.read_text(encoding="utf-8") for file in FILES if file.name == "__init__.py"}
+    assert not [file for file, source in signs.items() if not ast.get_docstring(ast.parse(source))]
+
+
+def test_the_map_for_people_has_the_same_levels():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| `?([\w/]+?)(?:/|\.py)?`? \|", text, re.MULTILINE)
+    assert {place.replace("/", "."): int(level) for level, place in rows} == LEVEL
+
+
 if __name__ == "__main__":
     files = Counter(map(place_of, SOURCES))
     for level in sorted({*LEVEL.values()}, reverse=True):
