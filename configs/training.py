@@ -138,6 +138,7 @@ class TrainingConfig:
         """The settings of the data, of the kind that `dataset` names."""
         return getattr(self, self.dataset)
 
+    @property
     def method(self) -> Literal["full", "lora", "llama_adapter", "prefix"]:
         """What is trained: an adapter over the frozen base model, or all of its weights."""
         return self.peft_method if self.use_peft else "full"
