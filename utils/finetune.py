@@ -1,6 +1,5 @@
 """One fine-tuning run: read the data, load the base model, put the adapter over it, train, save."""
 
-import collections
 import contextlib
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +101,7 @@ def fine_tune(
             write_training_config(output, description)
         draw_losses(output)
     elif config.save_model and config.enable_fsdp:
-        collections.deque(tensors, maxlen=0)  # each process has a part in every tensor
+        for _name, _tensor in tensors:  # each process has a part in every one
+            pass
     for line in report.after_last_step(trainer, output):
         say(line)

@@ -73,7 +73,7 @@ def _take_part(rank: int, case: Case, model: Path, data: Path, folder: Path) -> 
     from configs.training import TrainingConfig
     from ft_datasets.prompt import PromptTemplate
     from ft_datasets.tokenizer import Tokenizer
-    from llama_finetuning import fine_tune
+    from utils.finetune import fine_tune
     from utils.machine.world import World
     from utils.model.folder import ModelFolder
 

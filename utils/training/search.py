@@ -255,7 +255,7 @@ class _Measured(NamedTuple):
 
 
 def _cache_file(key: str) -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-chinese" / f"{key}.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-chinese" / "step-plans" / f"{key}.json"
 
 
 def _remembered(key: str, free: float) -> StepPlan | None:
