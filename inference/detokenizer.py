@@ -10,7 +10,7 @@ PROBE = "a"
 
 
 class IncrementalDecoder:
-    """Decodes a growing list of ids; the pieces it returns are final, and together they are `tokenizer.decode` of all.
+    """A decoder of ids that come one by one; its pieces are final, and together they are `tokenizer.decode` of all.
 
     A few earlier tokens are decoded along with the new one, since a token's text depends on its neighbours (leading
     spaces, bytes of one character). A piece that ends inside a character waits for the rest of it.
@@ -63,7 +63,7 @@ class IncrementalDecoder:
 
 
 class StopText:
-    """Ends a text where a stop string begins; holds back an end that may turn out to be its beginning."""
+    """A filter that ends a text where a stop string begins; an end that may be its beginning is held back."""
 
     def __init__(self, stop: str) -> None:
         self.stop = stop

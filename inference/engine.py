@@ -29,7 +29,7 @@ class PromptTooLong(UserError):
 
 @dataclass
 class Statistics:
-    """What an answer took; filled in while it is streamed.
+    """Tokens and time that an answer took; filled in while it is streamed.
 
     Attributes:
         prompt_tokens, new_tokens: tokens in and out.

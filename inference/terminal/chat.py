@@ -26,7 +26,7 @@ def answer_once(engine: Engine, prompt: str, sampling: Sampling) -> None:
 
 
 class Chat:
-    """Questions from the terminal (or a pipe), answers as they are generated, and what was said so far."""
+    """A conversation in the terminal (or over a pipe): questions, answers as they come, and what was said so far."""
 
     def __init__(self, engine: Engine, sampling: Sampling) -> None:
         self.engine, self.sampling = engine, sampling

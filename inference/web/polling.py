@@ -1,4 +1,4 @@
-"""The HTTP interface over the engine."""
+"""The HTTP interface: POST /stream, by which clients poll for the engine's answer."""
 
 import socket
 import threading

@@ -13,8 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 STOP = "[stop]"
+"""The end of a `response` after which nothing more will come."""
 REPLAY_SECONDS = 8.0
+"""How long an answer whose end was delivered is given again to the same request."""
 ABANDONED_SECONDS = 60.0
+"""After so long without a poll, a stream is cancelled."""
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Stream:
 
 
 Generate = Callable[[threading.Event], Iterator[str]]
+"""A function that generates an answer piece by piece, until the event is set."""
 
 
 class StreamSessions:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.tiny_models import make_model
 from helpers.trainers import make_trainer, project_logits, save_adapter, train
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from configs.peft import LoraConfig
@@ -64,6 +65,37 @@ def check_equal(model, step_plan=None):
     for name, gradient in expected_gradients.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class Calls(TorchDispatchMode):
+    """Writes down which operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_memory_holds_a_weight_once_and_all_adapters_are_refreshed_together(grouped_model):
+    model = adapted_model(grouped_model, ["all-linear"])
+    before = {name: p.clone() for name, p in model.named_parameters() if "base_layer.weight" in name}
+    fused = FusedLayers(model, torch.float32)
+    parameters = dict(model.named_parameters())
+    held = {linear.weight_and_b.untyped_storage().data_ptr() for linear in linears_of(fused)}
+    assert {parameters[name].untyped_storage().data_ptr() for name in before} == held
+    assert len(held) == len(before) == 2 * 7
+    assert all(torch.equal(parameters[name], weight) for name, weight in before.items())
+    with Calls() as calls:
+        fused.refresh()
+    assert sorted(calls.names) == ["_foreach_copy_", "_foreach_mul"]
+
+
+def linears_of(fused):
+    groups = (group for weights in fused.weights.values() for group in weights[4:])
+    return [linear for group in groups for linear in group.linears]
 
 
 @pytest.mark.parametrize("targets", TARGETS, ids="+".join)

@@ -109,6 +109,39 @@ def test_token_by_token_through_the_cache_is_the_same_as_at_once(folder):
     torch.testing.assert_close(torch.cat(outputs), reference_logits(folder, SEQUENCES[2]), rtol=1e-4, atol=1e-4)
 
 
+class PastOfMany:
+    """What a serving engine has before a row: of each segment's sequence, its own keys and values."""
+
+    def __init__(self, capacity: int, sequences: int) -> None:
+        self.caches = [KeyValueCache(capacity) for _sequence in range(sequences)]
+
+    def attend(self, query, key, value, segments, scale):
+        pieces = zip(*(x.split(segments.lengths) for x in (query, key, value)), strict=True)
+        outputs = [
+            cache.attend(*piece, Segments.of([len(piece[0])], CPU), scale)
+            for cache, piece in zip(self.caches, pieces, strict=True)
+        ]
+        return torch.cat(outputs)
+
+
+@FOLDERS
+def test_a_row_may_hold_the_next_tokens_of_many_sequences(folder):
+    """Segments and a past at once: one sequence comes in two halves, the others' last token after all before it."""
+    model, rows = load(folder), [torch.tensor(sequence) for sequence in SEQUENCES]
+    pasts = [PastOfMany(max(map(len, rows)), len(rows)) for _layer in model.model.layers]
+    found = [[] for _row in rows]
+    for cuts in ([slice(3), slice(1), slice(10)], [slice(3, 6), slice(1, 2), slice(10, 11)]):
+        row = torch.cat([ids[cut] for ids, cut in zip(rows, cuts, strict=True)])
+        positions = torch.cat([torch.arange(len(ids))[cut] for ids, cut in zip(rows, cuts, strict=True)])
+        lengths = [cut.stop - (cut.start or 0) for cut in cuts]
+        with torch.no_grad():
+            hidden = forward_hidden(model, row, positions, Segments.of(lengths, CPU), pasts)
+        for outputs, piece in zip(found, logits(model, hidden).split(lengths), strict=True):
+            outputs.append(piece)
+    for sequence, outputs in zip(SEQUENCES, found, strict=True):
+        torch.testing.assert_close(torch.cat(outputs), reference_logits(folder, sequence), rtol=1e-4, atol=1e-4)
+
+
 def copy_without_weights(folder: Path, target: Path) -> PreTrainedModel:
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors"))
     return AutoModelForCausalLM.from_pretrained(folder)

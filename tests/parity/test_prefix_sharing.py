@@ -78,6 +78,12 @@ def test_full_fine_tuning_and_llama_adapter_learn_the_same(grouped_model):
     check_equal(ResponseLoss(model, torch.float32))
 
 
+def test_a_learnt_prefix_stands_before_shared_beginnings(grouped_model):
+    """Though a run with prefix tuning does not share them."""
+    base = load_base_model(ModelFolder(grouped_model), torch.float32, [CPU])
+    check_equal(ResponseLoss(add_adapter(base, TrainingConfig(use_peft=True, peft_method="prefix")), torch.float32))
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch, about torch
 @pytest.mark.parametrize("kernel", [FLASH, EFFICIENT], ids=["flash", "efficient"])
 @pytest.mark.parametrize("fused", [False, True])

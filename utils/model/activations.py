@@ -13,23 +13,23 @@ from utils.machine.memory import pinned_for
 
 
 class Activations:
-    """Those of one layer in one row."""
+    """The activations of one layer in one row, from its forward pass to its backward pass."""
 
     def __init__(self) -> None:
         self.tensors: Sequence[torch.Tensor] | None = None
 
     def put(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Take them from the forward pass."""
+        """Take the tensors that the forward pass leaves."""
         raise NotImplementedError
 
     def get(self) -> Sequence[torch.Tensor] | None:
-        """Give them to the backward pass, once; None = compute them again."""
+        """The tensors for the backward pass, given once; None = they are to be computed again."""
         tensors, self.tensors = self.tensors, None
         return tensors
 
 
 class Kept(Activations):
-    """They stay where they are."""
+    """Activations that stay on their device until the backward pass."""
 
     def put(self, tensors: Sequence[torch.Tensor]) -> None:
         """See Activations."""
@@ -37,18 +37,18 @@ class Kept(Activations):
 
 
 class Recomputed(Activations):
-    """Nothing stays but the layer's input."""
+    """Activations that nobody keeps: the backward pass computes them again from the layer's input."""
 
     def put(self, tensors: Sequence[torch.Tensor]) -> None:
         """See Activations."""
 
 
 class Offloaded(Activations):
-    """They wait in host memory; those of two of a row's layers, at most, are on their way and on the card.
+    """Activations that wait in host memory; on the card, or on their way, are those of two of a row's layers at most.
 
     Args:
-        before: the layer that was offloaded before this one in the same forward pass. In the backward pass its turn
-            comes after this one's, and it is fetched beside it.
+        before: the activations that were offloaded before these in the same forward pass. In the backward pass their
+            turn comes after these, and they are fetched beside them.
     """
 
     def __init__(self, before: "Offloaded | None") -> None:
@@ -103,5 +103,5 @@ class Offloaded(Activations):
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    """For copies; None on a CPU, which does one thing after another."""
+    """A device's stream for copies; None on a CPU, which does one thing after another."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -195,7 +195,7 @@ class _GatherContexts(torch.autograd.Function):
 
 
 def register() -> None:
-    """Make the name PACKED known to transformers."""
+    """Make `packed_attention` known to transformers, under the name PACKED."""
     from transformers import AttentionInterface
 
     # cuDNN's attention makes a new plan for every length, that is, for every token that is generated.

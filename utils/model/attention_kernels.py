@@ -20,7 +20,7 @@ LOG_SUM_MULTIPLE = 32
 
 
 class Kernel(NamedTuple):
-    """Attention for a backward pass that is called by hand.
+    """A way to compute attention, forward and backward, without autograd.
 
     Query is [length, heads, head_dim]; key and value are those of the segments' contexts, end to end,
     [places, kv_heads, head_dim].
@@ -37,7 +37,7 @@ class Kernel(NamedTuple):
 
 
 def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
-    """The fastest that does all segments at once on such a device; None = there is none."""
+    """The fastest kernel that does all segments of a row at once on such a device; None = there is none."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return None
     capability = torch.cuda.get_device_capability(device)

@@ -9,7 +9,7 @@ def copy_after(tensor: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     """A copy of `tensor` that nobody can make before `earlier` is there.
 
     A compiler that sees both passes of a function make the same thing anew makes it once and keeps it from the first to
-    the second: dequantised weights, or the keys that attention sees of shared beginnings. From a copy that is made
+    the second: dequantised weights, or the keys and values of segments' contexts. From a copy that is made
     after the backward pass's first gradient, the second makes its own.
     """
     return tensor.clone()

@@ -1,8 +1,7 @@
-"""The base model: loaded from its folder, and its forward pass over packed rows.
+"""The decoder's forward pass over packed rows, which training, evaluation, chat and serving share.
 
-The modules are transformers' own; the weights are streamed from the files, one tensor at a time, straight to the device
-that they belong to and quantised there, so that loading takes little more memory than the loaded model, or than a
-process's shards of it. The decoder's loop stands here, because training, evaluation, chat and serving share it.
+The modules are transformers' own; the loop over the layers stands here, where each layer is told what stands before the
+row, how it is computed and where its activations go.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from utils.model.attention import NO_PAST, Past
 from utils.rows.segments import Segments
 
 RunLayer = Callable[..., torch.Tensor]
-"""A function with the arguments of `run_plain`."""
+"""A function that computes a decoder layer; arguments and result are those of `run_plain`."""
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -26,7 +25,14 @@ def causal_lm(model: nn.Module) -> nn.Module:
 
 
 def run_plain(layer: nn.Module, hidden: torch.Tensor, activations: Activations, **arguments: Any) -> torch.Tensor:
-    """A decoder layer's output, [1, length, hidden_size]; its activations are kept by autograd, or not at all."""
+    """A decoder layer's output, [1, length, hidden_size], as transformers' own module computes it.
+
+    Args:
+        layer: the module.
+        hidden: its input, in the output's shape.
+        activations: Kept, by autograd, or Recomputed.
+        arguments: what `forward_hidden` gives to each layer; the module hands `segments` and `past` on to attention.
+    """
     if layer._compiled_call_impl and torch.is_grad_enabled() and not hidden.requires_grad:
         # Whether the input takes a gradient makes other code; one layer's is cheaper than to compile all of it twice.
         hidden = hidden.detach().requires_grad_(any(parameter.requires_grad for parameter in layer.parameters()))
@@ -44,7 +50,7 @@ def forward_hidden(
     activations: Sequence[Activations] | None = None,
     run_layer: RunLayer | None = None,
 ) -> torch.Tensor:
-    """What the output head is applied to: the decoder's normalised output, shape [length, hidden_size].
+    """The decoder's normalised output, [length, hidden_size], to which the output head is applied.
 
     Args:
         model: the causal language model, with or without an adapter.
@@ -52,7 +58,7 @@ def forward_hidden(
         position_ids: [length], counted anew in every example.
         segments: where the row's examples lie; None = the row is one.
         pasts: what stands before the segments in each layer; None = nothing.
-        activations: where each layer leaves its own for the backward pass; None = where they are.
+        activations: where each layer leaves its own for the backward pass; None = on their device.
         run_layer: another way to compute a layer than `run_plain`.
     """
     decoder = causal_lm(model).model
@@ -78,13 +84,13 @@ def forward_hidden(
 
 
 def logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """The head's output for rows of `forward_hidden`, fp32, shape [rows, vocab_size]."""
+    """The logits of the next tokens, fp32, [rows, vocab_size], from rows of `forward_hidden`."""
     head = causal_lm(model).lm_head
     return head(hidden.to(head.weight)).float()  # a tied head lies where the embedding does
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile each decoder layer, in place. They share one compiled function, whatever a row's length is."""
+    """Compile the decoder layers, in place. They share one compiled function, whatever a row's length is."""
     # Adapters' scalings are constants; as inputs they would be converted on the CPU, by C++ code to be compiled.
     torch._dynamo.config.specialize_float = True
     for layer in causal_lm(model).model.layers:

@@ -26,7 +26,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The numbers of a layer's arithmetic."""
+    """The numbers that a layer's arithmetic takes beside its tensors."""
 
     head_dim: int
     epsilon: float
@@ -34,16 +34,16 @@ class LayerShape:
 
 
 class Linear(NamedTuple):
-    """A frozen linear layer, and what of its adapter is its own.
+    """A frozen linear layer, with what of its adapter the group does not hold.
 
     Attributes:
         dequantize: makes the weight [out, in] of a dtype from the stored tensors.
         stored: what the layer stores.
         bias: [out], or None.
-        columns: where its part of A x lies in the group's; None without an adapter.
+        columns: where its adapter's A x lies in the group's; None without an adapter.
         b: the adapter's B times scaling, in its columns of [out, width of the group's A x], zero in the others'.
         weight_and_b: both side by side, if they are stored so.
-        scaling: the factor.
+        scaling: the adapter's, by which B A x is multiplied.
     """
 
     dequantize: Callable[..., torch.Tensor]
@@ -82,7 +82,7 @@ class LayerWeights(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs beside the layer's input; `narrow` are the groups' inputs times A.
+    """What a layer's backward pass needs beside its input; `narrow` are the groups' inputs times A.
 
     `query` and `key` are as attention takes them, or, where they are normalised, as they were before. `log_sum_exp` is
     [heads, length]; `narrow` are as wide as the groups' A are high.
@@ -100,12 +100,12 @@ class Saved(NamedTuple):
 
     @property
     def tensors(self) -> Tensors:
-        """All but `narrow`."""
+        """All tensors of a layer's activations but `narrow`, in order."""
         return self[:-1]
 
 
 class Row(NamedTuple):
-    """Where the row's tokens stand: rotation [length, head_dim] and segments."""
+    """Positions of a row's tokens: cosines and sines of their rotation, [length, head_dim], and segments."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -115,7 +115,10 @@ class Row(NamedTuple):
 def forward(
     hidden: torch.Tensor, row: Row, shape: LayerShape, weights: LayerWeights, whole: bool
 ) -> tuple[torch.Tensor | None, Saved]:
-    """The layer's output (not if not `whole`, which saves a matrix product), and what its backward pass needs."""
+    """A layer's forward pass: its output, and what its backward pass needs.
+
+    Without `whole` the output is None, which saves a matrix product.
+    """
     normed = _rms_norm(hidden, weights.input_norm, shape.epsilon)
     outputs, narrow_qkv = _linear(normed, weights.query_key_value)
     query, key, value = (output.unflatten(1, (-1, shape.head_dim)) for output in outputs)
@@ -146,7 +149,10 @@ def backward(
     shape: LayerShape,
     weights: LayerWeights,
 ) -> tuple[torch.Tensor, Tensors]:
-    """Gradients of the layer's input and of its adapters, group by group in the data's order, A before B."""
+    """A layer's backward pass: gradients of its input, and of its adapters, group by group in the data's order.
+
+    Of each adapter A's comes before B's.
+    """
     narrow_qkv, narrow_output, narrow_gate_up, narrow_down = saved.narrow
     grad_activation, grad_narrow = _linear_backward((grad_output,), weights.down)
     # The activation is computed again beside its gradient, from the same reading of gate and up.

@@ -91,7 +91,7 @@ class AdaptedLinear:
 
 
 class FusedLayers:
-    """Stand-ins for all layers of a decoder; called in the place of `run_plain`.
+    """Stand-ins for all layers of a decoder, called in the place of `run_plain`.
 
     Args:
         model: with a LoRA adapter.

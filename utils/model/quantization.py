@@ -23,6 +23,7 @@ ABSMAX_BLOCK = 256
 """Scales that share one scale of their own (double quantisation)."""
 
 Dequantize = Callable[..., torch.Tensor]
+"""(dtype, *tensors that the layer stores) -> the weight in that dtype, shape [out_features, in_features]."""
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -64,7 +65,7 @@ class FrozenMatmul(torch.autograd.Function):
 
 
 def as_stored(_dtype: torch.dtype, weight: torch.Tensor) -> torch.Tensor:
-    """The weight of a layer that is not quantised: `Dequantize` for it."""
+    """The weight of a layer that is not quantised, as it is stored; a `Dequantize`."""
     return weight
 
 
@@ -115,7 +116,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class Int8Linear(QuantizedLinear):
-    """int8 with one scale a row, bitsandbytes' LLM.int8() storage (Dettmers et al. 2022)."""
+    """A linear layer in int8 with one scale a row, bitsandbytes' LLM.int8() storage (Dettmers et al. 2022)."""
 
     def empty_storage(self) -> torch.Tensor:
         """See QuantizedLinear."""
@@ -141,7 +142,10 @@ class Int8Linear(QuantizedLinear):
 
 
 class Nf4Linear(QuantizedLinear):
-    """4-bit NormalFloat with double-quantised scales (Dettmers et al. 2023, QLoRA), bitsandbytes' storage."""
+    """A linear layer in 4-bit NormalFloat with double-quantised scales (QLoRA, Dettmers et al. 2023).
+
+    The storage is bitsandbytes'.
+    """
 
     def empty_storage(self) -> torch.Tensor:
         """See QuantizedLinear. Rows stay rows, so that FSDP shards them; two weights share a byte."""
@@ -197,6 +201,7 @@ class Nf4Linear(QuantizedLinear):
 
 
 QUANTIZED_LINEARS: dict[Quantization, type[QuantizedLinear]] = {"8bit": Int8Linear, "4bit": Nf4Linear}
+"""The layer that stands in for nn.Linear, by the value of --quantization."""
 
 
 def quantize_linears(module: nn.Module, quantization: Quantization, compute_dtype: torch.dtype) -> None:

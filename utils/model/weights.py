@@ -1,4 +1,8 @@
-"""The base model's weights, streamed from its files, one tensor at a time."""
+"""The base model's weights, streamed from its files, one tensor at a time.
+
+Each goes straight to the device that it belongs to and is quantised there, so that loading takes little more memory
+than the loaded model, or than a process's shards of it.
+"""
 
 import re
 

@@ -64,7 +64,7 @@ def share_out(
 
 
 def heaviest_first(examples: Sequence[Example]) -> list[Example]:
-    """The longest example, then all by their context's length beside what they count in a row, longest first."""
+    """The longest example, then all; first those whose context is longest beside what they count in a row."""
     by_context = sorted(examples, key=lambda example: (len(example) / example.load, len(example)), reverse=True)
     return [max(examples, key=len), *by_context]
 
@@ -90,12 +90,12 @@ def _added(example: Example, present: set[bytes]) -> int:
 
 
 class StepTokens(NamedTuple):
-    """What one of several processes computes of a step.
+    """How many tokens one of several processes computes in a step.
 
     Attributes:
-        largest: most tokens, if it were one row.
-        mean: of a usual step.
-        shared: of either, those of all prefixes that are shared; any row may have them.
+        largest: in the largest step, if it were one row.
+        mean: in a usual step.
+        shared: those of all shared prefixes, which `largest` and `mean` hold once; any row may have them.
     """
 
     largest: int

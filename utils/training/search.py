@@ -57,7 +57,7 @@ class Search:
         """What is fastest of all that fits on every process's card.
 
         Where an earlier run of the same kind has an answer that still fits, and about as much memory is free now, that
-        is it. The answers lie in ~/.cache/llama2-chinese (or beneath XDG_CACHE_HOME).
+        is it. The answers lie in ~/.cache/llama2-chinese/step-plans (or beneath XDG_CACHE_HOME).
 
         Args:
             key: a name for all that the answer depends on.
@@ -255,7 +255,8 @@ class _Measured(NamedTuple):
 
 
 def _cache_file(key: str) -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-chinese" / "step-plans" / f"{key}.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "llama2-chinese" / "step-plans" / f"{key}.json"
 
 
 def _remembered(key: str, free: float) -> StepPlan | None:
