@@ -83,10 +83,16 @@ def attend_one_by_one(
             [past_length + length, kv_heads, head_dim]; value likewise.
     """
     if segments.contexts:
-        past, own = zip(*(x.tensor_split((past_length,)) for x in (key, value)), strict=True)
-        own = (_GatherContexts.apply(x, segments.contexts) for x in own)
-        key, value = (torch.cat(pair) if past_length else pair[1] for pair in zip(past, own, strict=True))
+        key, value = (_in_contexts(x, segments.contexts, past_length) for x in (key, value))
     return one_by_one(query, key, value, segments, scale, past_length)
+
+
+def _in_contexts(states: torch.Tensor, contexts: Contexts, past_length: int) -> torch.Tensor:
+    """Keys or values of past positions and the row's tokens -> of past positions and the contexts' places."""
+    if not past_length:
+        return _GatherContexts.apply(states, contexts)
+    past, own = states.split([past_length, len(states) - past_length])
+    return torch.cat((past, _GatherContexts.apply(own, contexts)))
 
 
 def packed_attention(
@@ -102,7 +108,7 @@ def packed_attention(
     past: Past = NO_PAST,
     **_kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' call of attention: what its layers know, and `segments` and `past` as `forward_hidden` has them.
+    """Attention as transformers' layers call it, with the `segments` and `past` that `forward_hidden` gives to them.
 
     Args:
         query: [1, heads, length, head_dim]; key and value have kv_heads in place of heads.
