@@ -1,7 +1,9 @@
 """Settings of chat, serving, merging and converting."""
 
+import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from configs.messages import _
 from configs.quantization import Quantization
@@ -10,37 +12,50 @@ DEFAULT_BASE_MODEL = "./models/NousResearch/Llama-2-7b-hf"
 DEFAULT_ADAPTER = "./output/model"
 
 
+def _within(default: Any, **bounds: float) -> Any:
+    """A field of numbers within bounds, named as in Python's operator module: ge (at least), gt, le (at most), lt."""
+    return field(default=default, metadata={"bounds": bounds})
+
+
 @dataclass
 class Sampling:
-    """How the next token is chosen, and how many there may be."""
+    """How the next token is chosen, and how many there may be.
 
-    max_new_tokens: int = 512
+    Each field's metadata has its `bounds`; the HTTP interface makes its own fields from them.
+    """
+
+    max_new_tokens: int = _within(512, ge=1)
     """Longest answer, in tokens."""
-    temperature: float = 0.7
+    temperature: float = _within(0.7, ge=0, le=100)
     """Lower is more certain; 0 = always the likeliest token."""
-    top_p: float = 0.9
+    top_p: float = _within(0.9, gt=0, le=1)
     """Choose among the likeliest tokens that together have this probability; 1 = no limit."""
-    top_k: int = 40
+    top_k: int = _within(40, ge=0)
     """Choose among so many of the likeliest tokens; 0 = no limit."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = _within(1.0, gt=0, le=100)
     """Above 1, tokens that have occurred become less likely."""
-    seed: int | None = None
+    seed: int | None = _within(None, ge=0, lt=2**63)
     """The same seed gives the same answer; without one, each answer is drawn anew."""
 
     def problems(self) -> Iterator[str]:
         """What is out of range."""
-        if self.max_new_tokens < 1:
-            yield _("max_new_tokens {value}: must be at least 1", value=self.max_new_tokens)
-        if not 0 <= self.temperature <= 100:
-            yield _("temperature {value}: must be from 0 to 100", value=self.temperature)
-        if not 0 < self.top_p <= 1:
-            yield _("top_p {value}: must be above 0 and at most 1", value=self.top_p)
-        if self.top_k < 0:
-            yield _("top_k {value}: must be at least 0", value=self.top_k)
-        if not 0 < self.repetition_penalty <= 100:
-            yield _("repetition_penalty {value}: must be above 0 and at most 100", value=self.repetition_penalty)
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            yield _("seed {value}: must be from 0 to 2^63 - 1", value=self.seed)
+        for each in fields(Sampling):
+            value, bounds = getattr(self, each.name), each.metadata["bounds"]
+            if value is not None and not all(getattr(operator, name)(value, bound) for name, bound in bounds.items()):
+                yield _out_of_bounds(each.name, value, **bounds)
+
+
+def _out_of_bounds(
+    name: str, value: float, ge: float = 0, gt: float | None = None, le: float | None = None, lt: int | None = None
+) -> str:
+    if gt is not None:
+        return _("{name} {value}: must be above {least} and at most {most}", name=name, value=value, least=gt, most=le)
+    if lt is not None:
+        bits = lt.bit_length() - 1
+        return _("{name} {value}: must be from {least} to 2^{bits} - 1", name=name, value=value, least=ge, bits=bits)
+    if le is not None:
+        return _("{name} {value}: must be from {least} to {most}", name=name, value=value, least=ge, most=le)
+    return _("{name} {value}: must be at least {least}", name=name, value=value, least=ge)
 
 
 @dataclass

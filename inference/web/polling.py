@@ -3,17 +3,18 @@
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr, create_model
 from starlette.exceptions import HTTPException
 
+from configs.command_line import field_docs
 from configs.errors import UserError
 from configs.messages import _
 from configs.serving import Sampling
@@ -37,20 +38,34 @@ def _encodable(text: str) -> str:
 Text = Annotated[StrictStr, AfterValidator(_encodable)]
 
 
-class StreamRequest(BaseModel):
+class Conversation(BaseModel):
+    """What is asked, and what was said before."""
+
+    prompt: Annotated[Text, AfterValidator(_not_blank)] = Field(description="The question.")
+    history: list[tuple[Text, Text]] | None = Field(None, description="Earlier turns: [question, answer] each.")
+    session_id: Text | None = Field(None, description="The client's own name for this stream, or one from an answer.")
+
+
+def _sampling_fields() -> dict[str, Any]:
+    """The fields of Sampling for pydantic: each may be left out; ranges and meanings are Sampling's own."""
+    kinds, docs = get_type_hints(Sampling), field_docs(Sampling)
+    return {
+        each.name: (
+            kinds[each.name] | None,
+            # A whole number is not to be read from a text, nor from true.
+            Field(None, description=docs[each.name], strict=kinds[each.name] is not float, **each.metadata["bounds"]),
+        )
+        for each in fields(Sampling)
+    }
+
+
+SamplingFields = create_model("SamplingFields", **_sampling_fields())
+
+
+class StreamRequest(SamplingFields, Conversation):
     """The body of POST /stream; sampling fields that are left out take the server's defaults."""
 
     model_config = ConfigDict(extra="forbid")
-
-    prompt: Annotated[Text, AfterValidator(_not_blank)]
-    history: list[tuple[Text, Text]] | None = None
-    session_id: Text | None = None
-    max_new_tokens: int | None = Field(None, ge=1, le=1_000_000, strict=True)
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, strict=True)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    seed: int | None = Field(None, ge=0, lt=2**63, strict=True)
 
 
 class StreamResponse(BaseModel):
@@ -81,10 +96,9 @@ def make_app(engine: Engine, defaults: Sampling, sessions: StreamSessions) -> Fa
 
     @app.post("/stream")
     def stream(body: StreamRequest, request: Request) -> StreamResponse:
-        chosen = {name: value for name, value in body.model_dump().items() if value is not None}
-        sampling = replace(
-            _plain(defaults), **{name: chosen[name] for name in Sampling.__dataclass_fields__ if name in chosen}
-        )
+        names = (each.name for each in fields(Sampling))
+        given = {name: value for name in names if (value := getattr(body, name)) is not None}
+        sampling = replace(_plain(defaults), **given)
         history = [tuple(turn) for turn in body.history or []]
         prompt_ids = engine.encode_chat(body.prompt, history)
 
@@ -126,7 +140,7 @@ def _refusal(status: int, reason: str) -> JSONResponse:
 
 def _plain(sampling: Sampling) -> Sampling:
     """The sampling settings alone, of a configuration that holds more."""
-    return Sampling(**{name: getattr(sampling, name) for name in Sampling.__dataclass_fields__})
+    return Sampling(**{each.name: getattr(sampling, each.name) for each in fields(Sampling)})
 
 
 def listen(host: str, port: int) -> socket.socket:
