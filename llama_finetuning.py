@@ -18,6 +18,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
 
 import os
+import sys
+from functools import partial
 
 from configs.command_line import parse
 from configs.errors import UserError, run_main
@@ -26,6 +28,7 @@ from configs.training import TrainingConfig
 from ft_datasets.loading import load_data
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
+from utils.download.dataset import fetch_data
 from utils.model.folder import ModelFolder
 from utils.quiet import quiet_libraries
 
@@ -41,11 +44,13 @@ def main(argv: list[str]) -> None:
     if config.preview:
         from utils.reports.preview import preview
 
-        preview(load_data(config, tokenizer, template, report=lambda _message: None).training[: config.preview])
+        files = fetch_data(config.data.data_path, partial(print, file=sys.stderr))
+        preview(load_data(config, tokenizer, template, lambda _message: None, files).training[: config.preview])
     elif config.plan:
         from utils.reports.plan import print_plan
 
-        print_plan(config, folder, load_data(config, tokenizer, template, report=print))
+        files = fetch_data(config.data.data_path, print)
+        print_plan(config, folder, load_data(config, tokenizer, template, print, files))
     else:
         from utils.finetune import fine_tune
         from utils.machine.launch import joined_world

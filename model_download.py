@@ -25,20 +25,12 @@ from configs.messages import _
 from utils.download.display import Display, make_display, readable_size
 from utils.download.errors import NetworkGaveUpError
 from utils.download.failover import open_sources
-from utils.download.folder import (
-    begin_manifest,
-    check_room,
-    listing_of_manifest,
-    locked,
-    mark_proved,
-    prove_existing,
-    remove_stale_parts,
-)
+from utils.download.fetching import fetch
+from utils.download.folder import check_room, listing_of_manifest, mark_proved, prove_existing
 from utils.download.listing import Listing, check_folder, check_paths, select
 from utils.download.manifest import STATE_FOLDER
 from utils.download.options import TransferOptions
 from utils.download.part import bytes_missing
-from utils.download.transfer import Downloader
 
 NETWORK_GAVE_UP = 3
 
@@ -67,13 +59,7 @@ def download(config: DownloadConfig, display: Display, options: TransferOptions)
         if config.dry_run:
             show_plan(config, wanted, display)
             return
-        with locked(config.folder, display):
-            here = prove_existing(config.folder, wanted, display)
-            missing = wanted.without(here)
-            check_room(config.folder, missing)
-            remove_stale_parts(config.folder, listing)
-            manifest = begin_manifest(config, sources.current.endpoint, listing, wanted, here)
-            Downloader(sources, manifest, config.folder, options, display).run(missing)
+        manifest, missing = fetch(config, sources, listing, wanted, options, display)
         show_end(config, manifest.revision, wanted, missing, display)
 
 

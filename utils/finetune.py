@@ -9,6 +9,7 @@ from configs.training import TrainingConfig
 from ft_datasets.loading import load_data
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
+from utils.download.dataset import fetch_data
 from utils.machine.launch import was_restarted
 from utils.machine.memory import forget_peak, limit_memory
 from utils.machine.world import World, check_ranks_agree, check_shared, decide_on_main, sharding_group_size
@@ -49,8 +50,9 @@ def fine_tune(
         check_shared(world, folder_of_all)
     if was_restarted(world):
         config.resume = "auto"  # --resume was about the first start
-    say(_("Reading {file} …", file=config.data.data_path))
-    data = load_data(config, tokenizer, template, say)
+    files = decide_on_main(world, lambda: fetch_data(config.data.data_path, say))
+    say(_("Reading {file} …", file=files or config.data.data_path))
+    data = load_data(config, tokenizer, template, say, files)
     folder.check_length(data.longest)
     fingerprints = {
         "data": data.fingerprint(),
@@ -85,6 +87,8 @@ def fine_tune(
     for line in report.before_first_step(trainer):
         say(line)
     description = describe_run(config, tokenizer, template, fingerprints["base_model"])
+    if data.origin:
+        description["data"] = data.origin
     if world.is_main:
         description["repeated_steps"] = repeated_steps(output, trainer.done)
         write_training_config(output, description)

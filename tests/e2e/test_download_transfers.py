@@ -264,7 +264,7 @@ def test_ctrl_c_says_how_to_go_on(endpoint, tmp_path, monkeypatch):
     def interrupted(*_arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_download.Downloader, "run", interrupted)
+    monkeypatch.setattr(transfer_module.Downloader, "run", interrupted)
     with pytest.raises(Interrupted, match="run the same command again"):
         model_download.main(["--repo_id", "owner/model", "--endpoint", endpoint(), "--local_dir", str(tmp_path)])
 

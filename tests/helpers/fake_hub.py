@@ -57,6 +57,7 @@ class Scenario:
     def __init__(self, values):
         self.name = values["name"]
         self.repo_id = values.get("repo_id", "owner/model")
+        self.repo_type = values.get("repo_type", "model")
         self.seed = values.get("seed", 0)
         self.probability = values.get("probability", 0.0)
         """Of a fault, for each request."""
@@ -172,25 +173,27 @@ class Handler(BaseHTTPRequestHandler):
     def serve_hub(self, rest, query):
         scenario = self.scenario
         repo, modelscope = scenario.repo_id, f"api/v1/models/{scenario.repo_id}/repo"
-        if rest == "api/models":
+        api = f"api/{scenario.repo_type}s"
+        if rest == api:
             return self.answer_json([{"id": scenario.repo_id}, {"id": "someone/else"}])
-        if rest == f"api/models/{repo}/refs":
+        if rest == f"{api}/{repo}/refs":
             branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": scenario.commits[0][0]}
             return self.answer_json({"branches": [branch], "tags": [], "converts": []})
         if scenario.deny:
             return self.refuse(scenario.deny)
         if scenario.token and self.headers.get("Authorization") != f"Bearer {scenario.token}":
             return self.refuse("401")
-        if rest.startswith(f"api/models/{repo}/revision/") or rest == f"api/models/{repo}":
+        if rest.startswith(f"{api}/{repo}/revision/") or rest == f"{api}/{repo}":
             return self.serve_listing(rest.rpartition("/")[2], with_tree=False)
-        if rest.startswith(f"api/models/{repo}/tree/"):
+        if rest.startswith(f"{api}/{repo}/tree/"):
             return self.serve_listing(rest.split("/")[5], with_tree=True)
         if rest == modelscope + "/files":
             return self.serve_modelscope_listing()
         if rest == modelscope:
             return self.serve_file(query["FilePath"], redirect=False)
-        if rest.startswith(f"{repo}/resolve/"):
-            _resolve, _revision, path = rest.removeprefix(f"{repo}/").split("/", 2)
+        home = repo if scenario.repo_type == "model" else f"{scenario.repo_type}s/{repo}"
+        if rest.startswith(f"{home}/resolve/"):
+            _resolve, _revision, path = rest.removeprefix(f"{home}/").split("/", 2)
             return self.serve_file(unquote(path), redirect=True)
         return self.refuse("404")
 

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -17,12 +18,23 @@ RATE_WINDOW = 15.0
 MOST_BARS = 6
 
 
+def _print_at_once(line: str) -> None:
+    print(line, flush=True)
+
+
 class Display:
-    """Counts bytes for one stage at a time; subclasses show them. `advance` may be called from any thread."""
+    """Counts bytes for one stage at a time, and says a line now and then; subclasses show more.
+
+    `advance` may be called from any thread.
+
+    Args:
+        say: where the lines go.
+    """
 
     seconds_between_lines = LOG_SECONDS
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = _print_at_once) -> None:
+        self.say = say
         self.stage = self.title = ""
         self.total = self.done = 0
         self.fetched = 0
@@ -106,11 +118,11 @@ class Display:
             left=left,
         )
         files = "; ".join(f"{path} {100 * done / max(1, size):.0f} %" for path, (done, size) in self.files.items())
-        print(f"{line}; {files}" if files else line, flush=True)
+        self.say(f"{line}; {files}" if files else line)
 
     def show_note(self, text: str, event: str, values: dict[str, object]) -> None:
         """A plain line."""
-        print(text, flush=True)
+        self.say(text)
 
 
 class JsonDisplay(Display):

@@ -129,7 +129,7 @@ class Source(ABC):
             "{repo_id} is a gated repository: its owner wants to be asked. In a browser open {page}, sign in and "
             "accept the terms; make a token (read) at {tokens} and pass it as --token, or run `hf auth login`.",
             repo_id=self.repo_id,
-            page=f"{HUGGINGFACE}/{self.repo_id}",
+            page=f"{HUGGINGFACE}/{'' if self.repo_type == 'model' else self.repo_type + 's/'}{self.repo_id}",
             tokens=f"{HUGGINGFACE}/settings/tokens",
         )
 

@@ -57,6 +57,7 @@ class Downloader:
         self.display.begin("fetch", _("Fetching"), missing.size, missing.size - left)
         self.unfinished = [FileTransfer(file, self.folder / file.path) for file in largest_first]
         workers = [threading.Thread(target=self._work, daemon=True) for _number in range(self.options.workers)]
+        self.patience.stop.clear()  # set at the end of what the same sources fetched before
         for worker in workers:
             worker.start()
         try:
