@@ -11,18 +11,31 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
 
-from configs.command_line import parse
-from configs.errors import run_main
+from typing import Any
+
+from configs.command_line import configure, run_command
+from configs.errors import explained
 from configs.messages import _
 from configs.serving import ApiConfig
 from utils.quiet import quiet_libraries
 
 
-def main(argv: list[str]) -> None:
-    """Load the model, serve it."""
-    config = parse(ApiConfig, argv)
+@explained()
+@quiet_libraries()
+def main(**settings: Any) -> None:
+    """Load a model and serve it until Ctrl-C; what `python api_stream.py` does, for Python.
 
-    quiet_libraries()
+        main(base_model="models/NousResearch/Llama-2-7b-hf", load_4bit=True, port=8000)
+
+    Args:
+        settings: the flags, by name; configs/serving.py says what each means (`--help` lists them).
+
+    Raises:
+        UserError: something has to be changed first; the message says what.
+        Interrupted: Ctrl-C came, which is how a server ends.
+    """
+    config = configure(ApiConfig, settings)
+
     from inference.loading import load_engine
     from inference.web.polling import listen, make_app, serve
     from inference.web.stream_sessions import StreamSessions
@@ -40,4 +53,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command(main, ApiConfig)

@@ -15,30 +15,44 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
 
 import sys
+from typing import Any
 
-from configs.command_line import parse
-from configs.errors import run_main
+from configs.command_line import configure, run_command
+from configs.errors import explained
 from configs.messages import _
 from configs.serving import ChatConfig
 from utils.quiet import quiet_libraries
 
 
-def main(argv: list[str]) -> None:
-    """Load the model; answer one question, or talk."""
-    config = parse(ChatConfig, argv)
+@explained()
+@quiet_libraries()
+def main(**settings: Any) -> str | None:
+    """Load a model, then answer one question or talk; what `python generate.py` does, for Python.
 
-    quiet_libraries()
+        answer = main(prompt="你好", base_model="models/NousResearch/Llama-2-7b-hf", load_8bit=True)
+
+    Args:
+        settings: the flags, by name; configs/serving.py says what each means (`--help` lists them).
+
+    Returns:
+        The answer to `prompt`, which is written to standard output too; None after a conversation.
+
+    Raises:
+        UserError: something has to be changed first; the message says what.
+    """
+    config = configure(ChatConfig, settings)
+
     from inference.loading import load_engine
-    from inference.terminal.chat import Chat, answer_once
+    from inference.terminal.chat import Chat, answer_once, is_interactive
 
-    if config.prompt is None and sys.stdin.isatty():
+    if config.prompt is None and is_interactive():
         print(_("Loading {folder} …", folder=config.base_model), file=sys.stderr, flush=True)
     engine = load_engine(config.base_model, config.lora_weights, config.quantization)
     if config.prompt is not None:
-        answer_once(engine, config.prompt, config)
-    else:
-        Chat(engine, config).run()
+        return answer_once(engine, config.prompt, config)
+    Chat(engine, config).run()
+    return None
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command(main, ChatConfig)

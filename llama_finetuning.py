@@ -17,30 +17,49 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
 
+import contextlib
 import os
 import sys
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from configs.command_line import parse
-from configs.errors import UserError, run_main
+from configs.command_line import configure, run_command
+from configs.errors import UserError, explained
 from configs.messages import _
 from configs.training import TrainingConfig
-from ft_datasets.loading import load_data
-from ft_datasets.prompt import PromptTemplate
-from ft_datasets.tokenizer import Tokenizer
-from utils.download.dataset import fetch_data
-from utils.model.folder import ModelFolder
 from utils.quiet import quiet_libraries
 
 
-def main(argv: list[str]) -> None:
-    """Check the settings and the base model, then preview, plan or train."""
-    config = parse(TrainingConfig, argv)
+@explained()
+@quiet_libraries()
+def main(**settings: Any) -> Path:
+    """Fine-tune a model, or preview or plan the run; what `python llama_finetuning.py` does, for Python.
+
+        main(model_name="models/NousResearch/Llama-2-7b-hf", use_peft=True, **{"lora_config.r": 16})
+
+    Args:
+        settings: the flags, by name; configs/training.py says what each means (`--help` lists them).
+
+    Returns:
+        The output folder.
+
+    Raises:
+        UserError: something has to be changed first; the message says what.
+        Interrupted: the run was asked to end; the same call goes on with it.
+    """
+    config = configure(TrainingConfig, settings)
+
+    from ft_datasets.loading import load_data
+    from ft_datasets.prompt import PromptTemplate
+    from ft_datasets.tokenizer import Tokenizer
+    from utils.download.dataset import fetch_data
+    from utils.model.folder import ModelFolder
+
     folder = ModelFolder(config.model_name)
     tokenizer, template = Tokenizer(folder.path), PromptTemplate()
     folder.check_vocabulary(tokenizer.vocab_size)
     folder.check_frozen_layers(config.frozen_layers or 0)
-    quiet_libraries()
     if config.preview:
         from utils.reports.preview import preview
 
@@ -59,9 +78,10 @@ def main(argv: list[str]) -> None:
             raise UserError(
                 _("--enable_fsdp needs processes to share among: torchrun --nproc_per_node 2 llama_finetuning.py …")
             )
-        with joined_world(config.one_gpu) as world:
-            fine_tune(config, world, folder, tokenizer, template)
+        with contextlib.ExitStack() as held, joined_world(config.one_gpu) as world:
+            fine_tune(config, world, folder, tokenizer, template, held)
+    return Path(config.output_dir)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command(main, TrainingConfig)

@@ -14,16 +14,16 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from configs.command_line import parse
+from configs.command_line import configure, run_command
 from configs.download import DownloadConfig
-from configs.errors import Interrupted, UserError, run_main
+from configs.errors import Interrupted, NetworkGaveUpError, UserError, explained
 from configs.messages import _
 from utils.download.display import Display, make_display, readable_size
-from utils.download.errors import NetworkGaveUpError
 from utils.download.failover import open_sources
 from utils.download.fetching import fetch
 from utils.download.folder import check_room, listing_of_manifest, mark_proved, prove_existing
@@ -32,18 +32,32 @@ from utils.download.manifest import STATE_FOLDER
 from utils.download.options import TransferOptions
 from utils.download.part import bytes_missing
 
-NETWORK_GAVE_UP = 3
 
+@explained()
+def main(**settings: Any) -> Path:
+    """Prove what is here of a model, or download what is not; what `python model_download.py` does, for Python.
 
-def main(argv: list[str]) -> None:
-    """Read the command line, then prove what is here, or download what is not."""
-    config = parse(DownloadConfig, argv)
+        folder = main(repo_id="NousResearch/Llama-2-7b-hf", endpoint=["hf-mirror", "modelscope"])
+
+    Args:
+        settings: the flags, by name; configs/download.py says what each means (`--help` lists them).
+
+    Returns:
+        The folder with the files.
+
+    Raises:
+        UserError: something has to be changed first; the message says what.
+        NetworkGaveUpError: the network failed for longer than allowed; the same call goes on.
+        Interrupted: Ctrl-C came; the same call goes on.
+    """
+    config = configure(DownloadConfig, settings)
     display = make_display(config.json)
     with reported(display):
         if config.verify_only:
             verify(config, display)
         else:
             download(config, display, TransferOptions.from_config(config))
+    return config.folder
 
 
 def download(config: DownloadConfig, display: Display, options: TransferOptions) -> None:
@@ -168,15 +182,11 @@ def show_end(config: DownloadConfig, revision: str, wanted: Listing, missing: Li
 
 @contextmanager
 def reported(display: Display) -> Iterator[None]:
-    """Tell programs (--json) how it ended too, and give a network that failed its own exit status."""
+    """Tell programs (--json) how it ended too, and people what to do after Ctrl-C or a fault of the system."""
     try:
         yield
-    except NetworkGaveUpError as error:
-        display.failure(str(error), NETWORK_GAVE_UP)
-        print(error, file=sys.stderr, flush=True)
-        sys.exit(NETWORK_GAVE_UP)
-    except UserError as error:
-        display.failure(str(error), 2)
+    except (UserError, NetworkGaveUpError) as error:
+        display.failure(str(error), error.exit_status)
         raise
     except KeyboardInterrupt:
         display.end()
@@ -188,9 +198,9 @@ def reported(display: Display) -> Iterator[None]:
         if error.errno is None:
             raise
         message = _("{error}. What is here stays: put it right and run the same command again.", error=error)
-        display.failure(message, 2)
+        display.failure(message, UserError.exit_status)
         raise UserError(message) from error
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command(main, DownloadConfig)

@@ -32,6 +32,7 @@ LENGTH = 512
 """Tokens of an example."""
 
 
+@quiet_libraries()
 def main() -> None:
     """Take the step in fp32, then measure it there and in bf16; print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,7 +41,6 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.model_name or small_model(Path(folder))

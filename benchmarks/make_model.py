@@ -28,6 +28,7 @@ SHAPES = {
 """A few million parameters; TinyLlama-1.1B; Llama-2-7B, and four layers of it."""
 
 
+@quiet_libraries()
 def make_model(shape: str, folder: Path, corpus: Path, tokenizer: Path | None = None) -> None:
     """Write a model as a hub repository holds it, unless it is there.
 
@@ -47,7 +48,6 @@ def make_model(shape: str, folder: Path, corpus: Path, tokenizer: Path | None = 
         folder.mkdir()
         shutil.copyfile(tokenizer / "tokenizer.model" if tokenizer.is_dir() else tokenizer, folder / "tokenizer.model")
 
-    quiet_libraries()
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 

@@ -286,9 +286,9 @@ def use_sft_trainer(
     trainer.train()
 
 
+@quiet_libraries()
 def main(name: str, settings: str) -> None:
     """Run one peer."""
-    quiet_libraries()
     run = Run(**json.loads(Path(settings).read_text(encoding="utf-8")))
     limit_memory(World(0, 0, 1, [DEVICE]), run.gpu_memory_gb)
     {"padded": padded, "trl": trl, "unsloth": unsloth_}[name](run)

@@ -1,8 +1,8 @@
-"""Command line -> a validated configuration dataclass.
+"""A command line, or a call from Python -> a validated configuration dataclass.
 
-Every field of the dataclass is a flag; a field that is itself a dataclass gives dotted flags (`--lora_config.r 16`).
-Values are read by the field's type, so `--prompt 2024` stays text. All problems are reported together, before
-anything runs.
+Every field of the dataclass is a flag, and a keyword argument of the command's `main`; a field that is itself a
+dataclass gives dotted ones (`--lora_config.r 16`). Values are read by the field's type, so `--prompt 2024` stays text.
+All problems are reported together, before anything runs.
 """
 
 import ast
@@ -10,14 +10,15 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import sys
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from configs.errors import UserError
+from configs.errors import UserError, run_main
 from configs.messages import _
 
 Config = TypeVar("Config")
@@ -27,7 +28,7 @@ FALSE = ("false", "0", "no", "off")
 
 
 class Flag:
-    """One flag: where its value goes and how its text is read.
+    """One flag: where its value goes and how it is read.
 
     A field's metadata may hold `bare`, the value of the flag when it stands alone (`--quantization`), `aliases`, other
     spellings of a choice, and `any_text`, which lets the value look like a flag (`--prompt --你好`).
@@ -35,7 +36,8 @@ class Flag:
 
     def __init__(self, name: str, field: Field, kind: Any, doc: str) -> None:
         self.name, self.kind, self.doc, self.metadata = name, kind, doc, field.metadata
-        if get_origin(kind) in (Union, types.UnionType):  # Optional[X] is read as X
+        self.may_be_none = get_origin(kind) in (Union, types.UnionType)
+        if self.may_be_none:  # Optional[X] is read as X
             (self.kind,) = (option for option in get_args(kind) if option is not type(None))
         self.default = field.default if field.default is not MISSING else field.default_factory()
         self.is_list = get_origin(self.kind) is list
@@ -48,8 +50,19 @@ class Flag:
             return "|".join(get_args(self.kind))
         return {bool: "true|false", int: "N", float: "X", str: "TEXT"}.get(self.kind, "[a,b]")
 
-    def read(self, text: str) -> Any:
-        """The value that `text` stands for. Raises ValueError with what was expected."""
+    def read(self, given: Any) -> Any:
+        """The value of the flag, of its text or of what a call from Python gives. Raises ValueError with what was
+        expected.
+        """
+        if given is None and self.may_be_none:
+            return None
+        if self.is_list and not isinstance(given, str):
+            if isinstance(given, (list, tuple)) and all(isinstance(item, str) for item in given):
+                return list(given)
+            raise ValueError(_("a list of texts"))
+        if self.kind is str and not isinstance(given, (str, os.PathLike, int, float)):
+            raise ValueError(_("text"))
+        text = str(given)
         if self.kind is bool:
             if text.lower() not in TRUE + FALSE:
                 raise ValueError(_("true or false"))
@@ -73,34 +86,51 @@ class Flag:
 
 
 def parse(config_class: type[Config], argv: list[str]) -> Config:
-    """Read `argv` into a `config_class`.
+    """Read the command line `argv` into a `config_class`.
 
     Raises:
         UserError: an unknown flag, a missing or wrong value, or what the class's own `problems()` finds.
     """
-    flags = {flag.name: flag for flag in _flags(config_class)}
+    flags = _flags_by_name(config_class)
     texts = [f"--{flag.name}" for flag in flags.values() if flag.metadata.get("any_text")]
     if any(token in ("-h", "--help") and before not in texts for before, token in zip(["", *argv], argv, strict=False)):
         print(usage(config_class))
         sys.exit(0)
-    unreadable = [token for token in argv if any("\ud800" <= character <= "\udfff" for character in token)]
-    if unreadable:
-        raise UserError(_("The command line is not UTF-8 text: {text}", text=ascii(unreadable[0])))
+    _check_readable(argv)
     given, problems = _gather(argv, flags)
-    values: dict[str, Any] = {}
-    for name, texts in given.items():
-        for text in texts:
-            try:
-                value = flags[name].read(text)
-            except ValueError as error:
-                problems.append(_("--{name} {text}: expected {expected}", name=name, text=text, expected=error))
-                continue
-            values[name] = values.get(name, []) + value if flags[name].is_list else value
-    config = _build(config_class, values)
-    problems += find_problems(config)
-    if problems:
-        raise UserError("\n".join([*problems, _("`--help` lists every flag.")]))
-    return config
+    return _configured(config_class, flags, given, problems)
+
+
+def configure(config_class: type[Config], settings: dict[str, Any]) -> Config:
+    """Read a call's keyword arguments into a `config_class`: the names of flags, values or the flags' texts.
+
+    Raises:
+        UserError: as `parse` does, in the same words.
+    """
+    flags = _flags_by_name(config_class)
+    _check_readable(map(str, [*settings, *settings.values()]))
+    given = {name: [value] for name, value in settings.items() if name in flags}
+    problems = [_unknown(name, flags) for name in settings if name not in flags]
+    return _configured(config_class, flags, given, problems)
+
+
+def run_command(main: Callable[..., object], config_class: type) -> NoReturn:
+    """Make the call of `main` that the command line asks for, and leave with the exit status that its end deserves."""
+    run_main(lambda: call(main, config_class, sys.argv[1:]))
+
+
+def call(main: Callable[..., object], config_class: type, argv: list[str]) -> object:
+    """Have fire make the call of `main` that `argv` asks for; returns what it returns.
+
+    fire is handed what was read and found right, as --name=value, so that it is left nothing to guess: by itself it
+    takes values for Python and parts of them for flags, makes up flags that nobody gave, and prints what comes back.
+    """
+    texts = texts_of(parse(config_class, argv))
+
+    from fire import Fire, decorators  # --help and a wrong flag need not wait for it
+
+    command = [f"--{name}={text}" for name, text in texts.items()]
+    return Fire(decorators.SetParseFn(str)(main), command, serialize=lambda _result: None)
 
 
 def find_problems(config: Any) -> Iterator[str]:
@@ -111,16 +141,21 @@ def find_problems(config: Any) -> Iterator[str]:
             yield from find_problems(getattr(config, field.name))
 
 
-def flags_of(config: Any, prefix: str = "") -> list[str]:
-    """The arguments from which `parse` reads this configuration: every setting that is not its default."""
-    arguments, defaults = [], type(config)()
+def texts_of(config: Any, prefix: str = "") -> dict[str, str]:
+    """Name and text of each flag from which this configuration is read: every setting that is not its default."""
+    texts, defaults = {}, type(config)()
     for field in fields(config):
         name, value = prefix + field.name, getattr(config, field.name)
         if is_dataclass(value):
-            arguments += flags_of(value, name + ".")
+            texts |= texts_of(value, name + ".")
         elif value != getattr(defaults, field.name):
-            arguments += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
-    return arguments
+            texts[name] = _list_text(value) if isinstance(value, list) else str(value)
+    return texts
+
+
+def flags_of(config: Any) -> list[str]:
+    """The arguments from which `parse` reads this configuration."""
+    return [argument for name, text in texts_of(config).items() for argument in (f"--{name}", text)]
 
 
 def usage(config_class: type) -> str:
@@ -132,6 +167,39 @@ def usage(config_class: type) -> str:
         doc = _(flag.doc)  # Chinese has no spaces to break at; the terminal does that
         lines += [" " * 6 + line for line in (textwrap.wrap(doc, 100) if doc.isascii() else [doc])]
     return "\n".join(lines)
+
+
+def _check_readable(texts: Iterable[str]) -> None:
+    """Refuse text that can't be written: bytes of the command line that are no UTF-8 come as half characters."""
+    for text in texts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(_("This is not UTF-8 text: {text}", text=ascii(text)))
+
+
+def _configured(
+    config_class: type[Config], flags: dict[str, Flag], given: dict[str, list[Any]], problems: list[str]
+) -> Config:
+    """The configuration, unless there are problems: those that were found before, and those of its values."""
+    values: dict[str, Any] = {}
+    for name, items in given.items():
+        for item in items:
+            try:
+                value = flags[name].read(item)
+            except ValueError as error:
+                problems.append(_("--{name} {text}: expected {expected}", name=name, text=item, expected=error))
+                continue
+            values[name] = values.get(name, []) + value if flags[name].is_list else value
+    config = _build(config_class, values)
+    problems += find_problems(config)
+    if problems:
+        raise UserError("\n".join([*problems, _("`--help` lists every flag.")]))
+    return config
+
+
+def _unknown(name: str, flags: dict[str, Flag]) -> str:
+    near = difflib.get_close_matches(name, flags, n=1, cutoff=0.4)
+    hint = _("; did you mean --{near}?", near=near[0]) if near else ""
+    return _("unknown flag --{name}", name=name) + hint
 
 
 def _gather(argv: list[str], flags: dict[str, Flag]) -> tuple[dict[str, list[str]], list[str]]:
@@ -148,9 +216,7 @@ def _gather(argv: list[str], flags: dict[str, Flag]) -> tuple[dict[str, list[str
             continue
         flag = flags.get(name)
         if flag is None:
-            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.4)
-            hint = _("; did you mean --{near}?", near=near[0]) if near else ""
-            problems.append(_("unknown flag --{name}", name=name) + hint)
+            problems.append(_unknown(name, flags))
             if tokens and not equals and not tokens[0].startswith("--"):
                 tokens.pop(0)
             continue
@@ -168,6 +234,16 @@ def _gather(argv: list[str], flags: dict[str, Flag]) -> tuple[dict[str, list[str
         else:
             given[name] = [text]
     return given, problems
+
+
+def _list_text(items: list[str]) -> str:
+    """The text that is read as these items; quotes save brackets at its ends from being taken for the list's."""
+    text = ",".join(items)
+    return text if text == text.strip("[]()") else ",".join(f"'{item}'" for item in items)
+
+
+def _flags_by_name(config_class: type) -> dict[str, Flag]:
+    return {flag.name: flag for flag in _flags(config_class)}
 
 
 def _flags(config_class: type, prefix: str = "") -> Iterator[Flag]:

@@ -1,15 +1,16 @@
-"""What a program does when it can't go on: one message for a person, a status for the shell.
+"""What a command does when it can't go on: an exception with one message for a person; a status for the shell.
 
-Exit status: 0 done, 1 a defect of ours (with a traceback), 2 the user must change something, 128 + n ended by
-signal n; 3 (model_download.py) the network gave up, run the same command again.
+Exit status: 0 done, 1 a defect of ours (with a traceback), 2 the user must change something (UserError), 3 the network
+gave up, run the same command again (NetworkGaveUpError), 128 + n ended by signal n (Interrupted).
 """
 
+import contextlib
 import errno
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from configs.messages import _
@@ -18,42 +19,72 @@ from configs.messages import _
 class UserError(Exception):
     """Something that the user can put right: the message says what is wrong, where, and what to do next."""
 
+    exit_status = 2
 
-class Interrupted(Exception):
-    """The run was asked to end and has put its work away; `signum` is the signal that asked."""
+
+class NetworkGaveUpError(Exception):
+    """The network failed for as long as the user allowed. The text says what to do: run the same command again."""
+
+    exit_status = 3
+
+
+class Interrupted(KeyboardInterrupt):
+    """The command was asked to end and has put its work away; `signum` is the signal that asked.
+
+    As with every Ctrl-C, `except Exception` in the code that made the call does not stop it.
+    """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.signum = signum
 
 
-def run_main(main: Callable[[list[str]], None]) -> NoReturn:
-    """Call `main` with the command line's arguments and leave with the exit status that its end deserves."""
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Whatever a user can put right leaves as a UserError, Ctrl-C as Interrupted; for a command's `main`.
+
+    Raises:
+        UserError: a file may not be read or written, the disk is full, or the card's memory does not suffice.
+        Interrupted: SIGINT came.
+    """
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT, _("Stopped.")) from None
+    except PermissionError as error:
+        where = error.filename or error
+        raise UserError(
+            _("Permission denied: {file}. Change its permissions (chmod), or give another one.", file=where)
+        ) from error
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; it need not be imported for this
+            raise UserError(out_of_memory()) from error
+        if not _is_full_disk(error):
+            raise
+        raise UserError(
+            _("The disk is full ({error}). Make room, then give the same command again.", error=error)
+        ) from error
+
+
+def run_main(main: Callable[[], object]) -> NoReturn:
+    """Call `main` and leave with the exit status that its end deserves."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except UserError as error:
-        _leave(str(error), 2)
+        with explained():
+            main()
+            sys.stdout.flush()
+    except (UserError, NetworkGaveUpError) as error:
+        _leave(str(error), error.exit_status)
     except Interrupted as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # all workers stop together, and rank 0 says so
             _end(128 + error.signum)
         _leave(str(error), 128 + error.signum)
-    except KeyboardInterrupt:
-        _leave(_("Stopped."), 128 + signal.SIGINT)
     except BrokenPipeError:  # `generate.py --prompt … | head` closes our standard output: nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except PermissionError as error:
-        where = error.filename or error
-        _leave(_("Permission denied: {file}. Change its permissions (chmod), or give another one.", file=where), 2)
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; it need not be imported for this
-            _leave(out_of_memory(), 2)
-        if not _is_full_disk(error):
-            raise
-        _leave(_("The disk is full ({error}). Make room, then give the same command again.", error=error), 2)
     _end(0)
 
 

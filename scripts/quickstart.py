@@ -6,27 +6,27 @@ can't answer them, and the tuned model must. Anything else ends it with an error
 """
 
 import signal
+import sys
+from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import contextlib
 import json
-import os
 import shlex
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
-from pathlib import Path
 from typing import Any, NoReturn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import run_main
 from configs.messages import _
 from ft_datasets.prompt import PromptTemplate
+from utils.quiet import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = Path("ft_datasets/alpaca_data.json")
@@ -44,9 +44,14 @@ TUNING = (
 )
 
 
-def main(_argv: list[str]) -> None:
+def main() -> None:
+    """The whole path, from the repository's folder."""
+    with contextlib.chdir(ROOT):
+        walk()
+
+
+def walk() -> None:
     """Make the base, fine-tune, ask, stream, merge, compare, report."""
-    os.chdir(ROOT)
     started = time.monotonic()
     corpus = json.loads(CORPUS.read_text(encoding="utf-8"))
     expected = {entry["instruction"]: entry["output"] for entry in corpus if entry["instruction"] in WITHHELD}
@@ -171,11 +176,9 @@ def train_sentencepiece(texts: list[str], folder: Path, vocab_size: int, **more:
     (folder / "tokenizer.vocab").unlink()
 
 
+@quiet_libraries()
 def write_random_weights(folder: Path) -> None:
     """A freshly initialised Llama as a hub repository would hold it."""
-    from utils.quiet import quiet_libraries
-
-    quiet_libraries()
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

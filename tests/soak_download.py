@@ -32,10 +32,9 @@ from huggingface_hub import constants
 
 import configs.messages
 from configs.download import DownloadConfig
-from configs.errors import UserError
-from model_download import NETWORK_GAVE_UP, download
+from configs.errors import NetworkGaveUpError, UserError
+from model_download import download
 from utils.download.display import Display
-from utils.download.errors import NetworkGaveUpError
 from utils.download.http import trusted_certificates
 from utils.download.manifest import STATE_FOLDER, unfinished_files
 from utils.download.options import TransferOptions
@@ -270,7 +269,7 @@ def in_child(work, time_to_kill=lambda: False) -> tuple[int, str, bool]:
         except UserError as error:
             status, message = 2, str(error)
         except NetworkGaveUpError as error:
-            status, message = NETWORK_GAVE_UP, str(error)
+            status, message = NetworkGaveUpError.exit_status, str(error)
         except BaseException as error:
             status, message = 1, f"{type(error).__name__}: {error}"
         os.write(writing, message.encode()[:4000])

@@ -36,16 +36,25 @@ MAY_DIFFER = ("model_name", "data_path", "num_workers_dataloader", "gpu_memory_g
 
 
 def fine_tune(
-    config: TrainingConfig, world: World, folder: ModelFolder, tokenizer: Tokenizer, template: PromptTemplate
+    config: TrainingConfig,
+    world: World,
+    folder: ModelFolder,
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
+    held: contextlib.ExitStack,
 ) -> None:
-    """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
+    """Read the data, load the base model, put the adapter over it, train, save. Every process runs this.
+
+    Args:
+        held: keeps the output folder for this run, until the caller closes it.
+    """
     settings = {name: value for name, value in config.flat().items() if name.rpartition(".")[2] not in MAY_DIFFER}
     if config.enable_fsdp:  # the default depends on the machine
         settings["fsdp_config.sharding_group_size"] = sharding_group_size(config.fsdp_config, world.size)
     check_ranks_agree(settings)
     say = report.speaker(world)
     output = Path(config.output_dir)
-    decide_on_main(world, lambda: hold_folder(output))
+    decide_on_main(world, lambda: held.enter_context(hold_folder(output)))
     for folder_of_all in (output, config.checkpoints_dir):
         check_shared(world, folder_of_all)
     if was_restarted(world):

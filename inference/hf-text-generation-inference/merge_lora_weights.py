@@ -8,35 +8,49 @@ needed. The sum W + scale * B A is formed in fp32 and rounded once; in a bf16 mo
 """
 
 import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
-
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from configs.command_line import parse
-from configs.errors import run_main
+from typing import Any
+
+from configs.command_line import configure, run_command
+from configs.errors import explained
 from configs.messages import _
 from configs.results import MergeConfig
-from ft_datasets.tokenizer import Tokenizer
-from utils.model.folder import ModelFolder
 from utils.quiet import quiet_libraries
-from utils.results.adapter_folder import check_adapter_folder, template_of
 
 
-def main(argv: list[str]) -> None:
-    """Check that base and adapter belong together, then merge."""
-    config = parse(MergeConfig, argv)
+@explained()
+@quiet_libraries()
+def main(**settings: Any) -> Path:
+    """Check that base and adapter belong together, then merge; what `python …/merge_lora_weights.py` does, for Python.
+
+        main(base_model="models/NousResearch/Llama-2-7b-hf", peft_model="output/model", output_dir="output/merged")
+
+    Args:
+        settings: the flags, by name; configs/results.py says what each means (`--help` lists them).
+
+    Returns:
+        The folder of the merged model.
+
+    Raises:
+        UserError: something has to be changed first; the message says what.
+    """
+    config = configure(MergeConfig, settings)
+
+    from ft_datasets.tokenizer import Tokenizer
+    from utils.model.folder import ModelFolder
+    from utils.results.adapter_folder import check_adapter_folder, template_of
+    from utils.results.merging import merge
+
     adapter, output = Path(config.peft_model), Path(config.output_dir)
     base = ModelFolder(config.base_model)
     check_adapter_folder(adapter)
     template = template_of(adapter, base, Tokenizer(base.path))
-
-    quiet_libraries()
-    from utils.results.merging import merge
 
     print(_("Merging {adapter} into {base} …", adapter=adapter, base=base.path), flush=True)
     size = merge(base, adapter, output, template, config.shard_gb, config.quantization)
@@ -47,7 +61,8 @@ def main(argv: list[str]) -> None:
             size=f"{size / 1e9:.2f}",
         )
     )
+    return output
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command(main, MergeConfig)

@@ -1,9 +1,10 @@
 """A conversation in the terminal."""
 
 import contextlib
+import inspect
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import get_type_hints
 
@@ -15,14 +16,19 @@ from ft_datasets.prompt import Turn
 from inference.engine import Engine, PromptTooLong, Statistics
 
 
-def answer_once(engine: Engine, prompt: str, sampling: Sampling) -> None:
-    """Write the answer to `prompt` to standard output as it comes, and how fast it came to standard error."""
-    statistics = Statistics()
+def answer_once(engine: Engine, prompt: str, sampling: Sampling) -> str:
+    """Write the answer to `prompt` to standard output as it comes, and how fast it came to standard error.
+
+    Returns:
+        The whole answer.
+    """
+    statistics, answer = Statistics(), ""
     for piece in engine.stream(engine.encode_chat(prompt), sampling, statistics):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        answer += piece
+        print(piece, end="", flush=True)
     print(flush=True)
     _print_speed(statistics)
+    return answer
 
 
 class Chat:
@@ -34,7 +40,7 @@ class Chat:
 
     def run(self) -> None:
         """Talk until /exit, the end of the input, or Ctrl-D."""
-        if sys.stdin.isatty():
+        if is_interactive():
             print(_("Commands: /new /undo /params /exit /help. Ctrl-C ends an answer."))
         for line in _lines():
             command, _space, argument = line.strip().partition(" ")
@@ -111,27 +117,47 @@ class Chat:
         print("  ".join(f"{name}={getattr(self.sampling, name)}" for name in flags))
 
 
+def is_interactive() -> bool:
+    """Whether a person types the questions, on a terminal or in a notebook."""
+    return _in_notebook() or (hasattr(sys.stdin, "isatty") and sys.stdin.isatty())
+
+
+def _in_notebook() -> bool:
+    """Whether `input` is a notebook's own, which shows a line to type in; its sys.stdin has nothing to read."""
+    return not inspect.isbuiltin(input)
+
+
 def _lines() -> Iterator[str]:
     """Lines that the user types, with editing and recall; or those of a pipe."""
-    if not sys.stdin.isatty():
-        # Under the C locale Python would let bytes that are no text through, as half characters.
-        sys.stdin.reconfigure(errors="strict")
-        try:
-            for line in sys.stdin:
-                yield line.rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise UserError(_("The input is not UTF-8 text ({error}).", error=error)) from error
+    if not is_interactive():
+        yield from _lines_of_pipe()
         return
-    from prompt_toolkit import PromptSession
+    ask: Callable[[str], str] = input
+    if not _in_notebook():
+        from prompt_toolkit import PromptSession
 
-    session: PromptSession[str] = PromptSession()
+        ask = PromptSession[str]().prompt
     while True:
         try:
-            yield session.prompt("> ")
+            line = ask("> ")
         except KeyboardInterrupt:
+            if _in_notebook():  # its stop button; on a terminal Ctrl-C clears the line
+                return
             continue
         except EOFError:
             return
+        yield line
+
+
+def _lines_of_pipe() -> Iterator[str]:
+    if hasattr(sys.stdin, "reconfigure"):  # a stream that is put in its place may lack it
+        # Under the C locale Python would let bytes that are no text through, as half characters.
+        sys.stdin.reconfigure(errors="strict")
+    try:
+        for line in sys.stdin or ():
+            yield line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(_("The input is not UTF-8 text ({error}).", error=error)) from error
 
 
 def _print_speed(statistics: Statistics) -> None:

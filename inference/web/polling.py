@@ -1,5 +1,6 @@
 """The HTTP interface: POST /stream, by which clients poll for the engine's answer."""
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -164,4 +165,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM."""
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        server.run(sockets=[listener])
+        return
+    # A notebook runs its cells within an event loop, so that the server's own needs another thread.
+    thread = threading.Thread(target=server.run, args=([listener],), name="serve")
+    thread.start()
+    try:
+        thread.join()
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -13,7 +13,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from helpers.command_runs import run_script, torchrun
+from helpers.command_runs import call_main, run_script, torchrun
 from helpers.environment import ENVIRONMENT, ROOT
 from helpers.tiny_models import make_model
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 import api_stream
 import generate
 import llama_finetuning
-from configs.errors import UserError, run_main
+from configs.command_line import run_command
+from configs.errors import UserError
+from configs.serving import ChatConfig
 from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
@@ -43,7 +45,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 def complaint(main, *argv: object) -> str:
     """What a script says when it refuses to go on."""
     with pytest.raises(UserError) as caught:
-        main([str(argument) for argument in argv])
+        call_main(main, *argv)
     return str(caught.value)
 
 
@@ -303,7 +305,7 @@ def test_merging_an_adapter_that_adds_no_weights(tiny_model, tmp_path):
 
 
 def test_a_plan_tells_what_the_disk_must_hold(tiny_model, data_file, tmp_path, capsys):
-    llama_finetuning.main([str(flag) for flag in train_on(tiny_model, data_file, tmp_path / "out", "--plan")])
+    call_main(llama_finetuning.main, *train_on(tiny_model, data_file, tmp_path / "out", "--plan"))
     assert re.search(r"disk +[\d.]+ GB of +[\d.]+ GB free", capsys.readouterr().out)
     assert not (tmp_path / "out").exists()
 
@@ -400,7 +402,7 @@ def test_a_weight_file_that_may_not_be_read_is_named(tiny_model, tmp_path, monke
     monkeypatch.setattr(Path, "open", refuse)
     monkeypatch.setattr("sys.argv", ["generate.py", "--prompt", "a", "--base_model", str(file.parent)])
     with pytest.raises(SystemExit) as left:
-        run_main(generate.main)
+        run_command(generate.main, ChatConfig)
     assert left.value.code == 2
     assert f"Permission denied: {file}." in capsys.readouterr().err
 

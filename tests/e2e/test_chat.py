@@ -13,7 +13,7 @@ import time
 import pytest
 import sentencepiece
 import torch
-from helpers.command_runs import run_script
+from helpers.command_runs import call_main, run_script
 from helpers.environment import ENVIRONMENT, ROOT
 from transformers import LlamaForCausalLM
 
@@ -63,7 +63,7 @@ def flags(model_folder, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("question", ["2024", "[你好]", "a # b", "--你好", "你好, 世界", "None", "--help"])
 def test_any_text_is_a_question(model_folder, greedy, question, capsys):
-    generate.main(flags(model_folder, "--max_new_tokens", str(TOKENS), "--prompt", question))
+    call_main(generate.main, *flags(model_folder, "--max_new_tokens", str(TOKENS), "--prompt", question))
     captured = capsys.readouterr()
     assert captured.out == greedy(question) + "\n"
     assert re.fullmatch(rf"\[{TOKENS} tokens, [\d.]+ tokens/s\] \(cut off at the length limit\)\n", captured.err)
@@ -127,7 +127,7 @@ def test_questions_from_a_pipe(model_folder, greedy):
 def test_help_names_every_command_and_a_space_makes_a_question_of_one(model_folder, greedy, monkeypatch, capsys):
     lines = "/help\n /parms\n/etc/passwd\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="utf-8"))
-    generate.main(flags(model_folder, "--max_new_tokens", str(TOKENS)))
+    call_main(generate.main, *flags(model_folder, "--max_new_tokens", str(TOKENS)))
     said, speeds = capsys.readouterr()
     source = (ROOT / "inference/terminal/chat.py").read_text(encoding="utf-8")
     commands = set(re.findall(r'command == "(/\w+)"', source)) - {"/help"}
@@ -139,12 +139,12 @@ def test_help_names_every_command_and_a_space_makes_a_question_of_one(model_fold
 def test_a_pipe_that_ends_without_exit_and_bytes_that_are_no_text(model_folder, greedy, monkeypatch, capsys):
     arguments = flags(model_folder, "--max_new_tokens", str(TOKENS))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好".encode()), encoding="utf-8"))
-    generate.main(arguments)
+    call_main(generate.main, *arguments)
     assert capsys.readouterr().out == greedy("你好") + "\n"
     gbk = io.TextIOWrapper(io.BytesIO("你好\n".encode("gbk")), encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", gbk)
     with pytest.raises(UserError, match="not UTF-8"):
-        generate.main(arguments)
+        call_main(generate.main, *arguments)
 
 
 def test_an_impatient_second_ctrl_c_ends_the_answer_and_not_the_conversation(monkeypatch, capsys):

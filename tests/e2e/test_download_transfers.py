@@ -12,17 +12,19 @@ from pathlib import Path
 import httpx2
 import huggingface_hub
 import pytest
+from helpers.command_runs import call_main
 from helpers.downloads import SEED, assert_right, fetch
 from helpers.environment import ROOT
 from helpers.fake_hub import BODY_FAULTS, content
 from soak_download import CHUNK, FILES, LARGEST, OPTIONS, TOTAL, run_all, run_ours
 
 import model_download
-from configs.errors import Interrupted, UserError
+from configs.command_line import run_command
+from configs.download import DownloadConfig
+from configs.errors import Interrupted, NetworkGaveUpError, UserError
 from utils.download import part as part_module
 from utils.download import sources as sources_module
 from utils.download import transfer as transfer_module
-from utils.download.errors import NetworkGaveUpError
 from utils.download.http import _retry_after, make_client, origin
 from utils.download.listing import RemoteFile
 from utils.download.manifest import MANIFEST_NAME, STATE_FOLDER, Manifest, unfinished_files
@@ -108,11 +110,12 @@ def test_what_will_not_pass_stops_at_once(hub, endpoint, tmp_path, deny, message
     assert hub.report(address)["requests"] == 0
 
 
-def test_a_dead_network_ends_with_its_own_status(tmp_path, capsys):
+def test_a_dead_network_ends_with_its_own_status(tmp_path, capsys, monkeypatch):
     arguments = ["--repo_id", "owner/model", "--local_dir", str(tmp_path), "--give_up_after", "0.005"]
+    monkeypatch.setattr("sys.argv", ["model_download.py", *arguments, "--endpoint", "http://127.0.0.1:1", "--json"])
     with pytest.raises(SystemExit) as end:
-        model_download.main([*arguments, "--endpoint", "http://127.0.0.1:1", "--json"])
-    assert end.value.code == model_download.NETWORK_GAVE_UP == 3
+        run_command(model_download.main, DownloadConfig)
+    assert end.value.code == 3
     output = capsys.readouterr()
     assert "run the same command again" in output.err
     assert json.loads(output.out.splitlines()[-1])["status"] == 3
@@ -266,7 +269,9 @@ def test_ctrl_c_says_how_to_go_on(endpoint, tmp_path, monkeypatch):
 
     monkeypatch.setattr(transfer_module.Downloader, "run", interrupted)
     with pytest.raises(Interrupted, match="run the same command again"):
-        model_download.main(["--repo_id", "owner/model", "--endpoint", endpoint(), "--local_dir", str(tmp_path)])
+        call_main(
+            model_download.main, "--repo_id", "owner/model", "--endpoint", endpoint(), "--local_dir", str(tmp_path)
+        )
 
 
 # --- sources and tokens ----------------------------------------------------------------------------------------------

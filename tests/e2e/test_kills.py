@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.command_runs import call_main
 from soak_resume import losses, weights_hash
 
 import llama_finetuning
 
-LIBRARIES = ["torch", "transformers", "peft", "matplotlib.pyplot", "torch.distributed.checkpoint", "llama_finetuning"]
+LIBRARIES = ["torch", "transformers", "peft", "matplotlib.figure", "torch.distributed.checkpoint", "utils.finetune"]
 RUNS, KILLS_A_RUN, STEPS = 4, 5, 40
 
 
@@ -23,7 +24,7 @@ def fine_tune(flags: list[str], log: Path) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    llama_finetuning.main(flags)
+    call_main(llama_finetuning.main, *flags)
 
 
 @pytest.fixture

@@ -4,10 +4,25 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from configs.command_line import call
+from configs.download import DownloadConfig
+from configs.results import MergeConfig
+from configs.serving import ApiConfig, ChatConfig
+from configs.training import TrainingConfig
 from helpers.environment import ENVIRONMENT, ROOT
 
+CONFIGS = {
+    "model_download": DownloadConfig,
+    "llama_finetuning": TrainingConfig,
+    "generate": ChatConfig,
+    "api_stream": ApiConfig,
+    "merge_lora_weights": MergeConfig,
+}
+"""The settings of each command, by the module of its `main`."""
 STEPS = 24
 """Steps of the runs that `readme_flags` starts."""
 
@@ -20,6 +35,11 @@ def run_script(*arguments: object, timeout: float = 240, **more) -> subprocess.C
     if "input" not in more:
         more.setdefault("stdin", subprocess.DEVNULL)
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **more)
+
+
+def call_main(main: Callable[..., Any], *arguments: object) -> Any:
+    """Call a command's `main` in this process, as its command line does."""
+    return call(main, CONFIGS[main.__module__], [str(argument) for argument in arguments])
 
 
 def torchrun(processes: int, *arguments: object, **more) -> subprocess.CompletedProcess:

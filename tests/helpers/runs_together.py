@@ -98,7 +98,8 @@ def _take_part(rank: int, case: Case, model: Path, data: Path, folder: Path) -> 
         if case.instead:
             case.instead(config, world, base)
         else:
-            fine_tune(config, world, base, Tokenizer(base.path), PromptTemplate())
+            with contextlib.ExitStack() as held:
+                fine_tune(config, world, base, Tokenizer(base.path), PromptTemplate(), held)
     except UserError as refused:
         error = str(refused)
     except Exception:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers.command_runs import call_main
 from helpers.trainers import make_trainer, train
 
 import llama_finetuning
@@ -95,7 +96,7 @@ def test_a_learning_rate_far_too_high_ends_with_a_diagnosis(tiny_model, data_fil
     flags = ["--model_name", tiny_model, "--alpaca_dataset.data_path", data_file, "--output_dir", tmp_path / "out"]
     flags += ["--lr", "1e30", "--scheduler", "constant", "--max_steps", 40, "--run_validation", "False"]
     with pytest.raises(UserError, match="steps in a row gave no finite gradient"):
-        llama_finetuning.main([str(flag) for flag in flags])
+        call_main(llama_finetuning.main, *flags)
 
 
 def test_a_run_that_goes_on_in_fp16_has_a_loss_scale(tiny_model, tmp_path, monkeypatch):

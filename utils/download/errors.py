@@ -14,7 +14,3 @@ class TransientError(Exception):
 
 class SourceError(Exception):
     """A source that can't give what is asked of it, however often it is asked. The text is for the user."""
-
-
-class NetworkGaveUpError(Exception):
-    """The network failed for as long as the user allowed. The text says what to do: run the same command again."""

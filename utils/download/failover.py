@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from configs.download import DownloadConfig
-from configs.errors import UserError
+from configs.errors import NetworkGaveUpError, UserError
 from configs.messages import _
 from utils.download.display import Display, readable_time
-from utils.download.errors import NetworkGaveUpError, SourceError, TransientError
+from utils.download.errors import SourceError, TransientError
 from utils.download.http import read_at_once
 from utils.download.listing import Listing, RemoteFile
 from utils.download.options import TransferOptions

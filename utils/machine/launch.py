@@ -5,7 +5,6 @@ import datetime
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 
 import torch
@@ -16,8 +15,25 @@ from configs.messages import _
 from utils.machine.world import World, barrier, sum_across
 
 
+@contextlib.contextmanager
+def joined_world(one_gpu: bool) -> Iterator[World]:
+    """Join the other processes, if there are any, for the length of a run.
+
+    Raises:
+        UserError: torchrun was started in a way that can't work.
+    """
+    had_joined = dist.is_initialized()  # whoever calls from Python may have joined before, and stays joined
+    with _ending_with_parent():
+        try:
+            yield start_world(one_gpu)
+            barrier()  # nobody leaves while another still writes: a process group must not lose members
+        finally:
+            if dist.is_initialized() and not had_joined:
+                dist.destroy_process_group()
+
+
 def start_world(one_gpu: bool) -> World:
-    """Join the other processes, if there are any, and choose this one's devices.
+    """Join the other processes and choose this one's devices, until `joined_world` ends it.
 
     Raises:
         UserError: torchrun was started in a way that can't work.
@@ -25,7 +41,6 @@ def start_world(one_gpu: bool) -> World:
     _check_restarts_can_work()
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    _end_with_parent()
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > count:
@@ -39,7 +54,7 @@ def start_world(one_gpu: bool) -> World:
         torch.cuda.set_device(devices[0])
     else:
         devices = [torch.device("cpu")]
-    if size > 1:
+    if size > 1 and not dist.is_initialized():
         # Half an hour: another rank may be hashing or loading from a slow disk meanwhile.
         # Weights that FSDP keeps in host memory are gathered from there, which NCCL can't do.
         backend = "cpu:gloo,cuda:nccl" if devices[0].type == "cuda" else "gloo"
@@ -64,33 +79,25 @@ def _check_restarts_can_work() -> None:
         )
 
 
-def _end_with_parent() -> None:
+@contextlib.contextmanager
+def _ending_with_parent() -> Iterator[None]:
     """End this worker when its torchrun has died, which would otherwise leave it running, holding the card.
 
     torchrun starts workers in sessions of their own, so killing torchrun tells them nothing.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    parent = os.getppid()
+    parent, is_over = os.getppid(), threading.Event()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(128 + signal.SIGTERM)
+        while not is_over.wait(0.5):
+            if os.getppid() != parent:
+                os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True, name="end-with-torchrun").start()
-
-
-@contextlib.contextmanager
-def joined_world(one_gpu: bool) -> Iterator[World]:
-    """The world for the length of a run."""
-    world = start_world(one_gpu)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True, name="end-with-torchrun").start()
     try:
-        yield world
-        barrier()  # nobody leaves while another still writes: a process group must not lose members
+        yield
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        is_over.set()
 
 
 def was_restarted(world: World) -> bool:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from matplotlib import pyplot
+from matplotlib.figure import Figure  # pyplot would choose how a notebook draws
 
 from utils.runs.metrics import read_metrics, train_losses
 
@@ -11,13 +11,10 @@ LOSS_PICTURE = "loss.png"
 
 def draw_losses(folder: Path) -> None:
     """Draw loss.png from metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-
     train = train_losses(folder)
     held_out = [(line["step"], line["eval_loss"]) for line in read_metrics(folder) if line.get("eval_loss") is not None]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    figure = Figure(figsize=(8, 4.5))
+    axes = figure.subplots()
     if train:
         steps, losses = tuple(train), tuple(train.values())
         axes.plot(steps, losses, color="#9db8d9", linewidth=1, label="training, each step")
@@ -31,7 +28,6 @@ def draw_losses(folder: Path) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(folder / LOSS_PICTURE, dpi=120)
-    pyplot.close(figure)
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:

@@ -1,9 +1,11 @@
 """The output folder of a run: held by one run at a time; what an old run left is moved aside, never deleted."""
 
+import contextlib
 import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -30,8 +32,9 @@ RUN_FILES = (
 """What a run writes into its output folder, beside checkpoints."""
 
 
-def hold_folder(folder: Path) -> None:
-    """Create a run's output folder where needed, and keep other runs out of it until this process ends.
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Create a run's output folder where needed, and keep other runs out of it until this one ends.
 
     Raises:
         UserError: the folder can't be written, or another run holds it.
@@ -47,12 +50,22 @@ def hold_folder(folder: Path) -> None:
                 error=error.strerror,
             )
         ) from error
+    try:
+        _lock(handle, folder)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
     # The workers of a run that was just killed need a moment to notice it.
     deadline = time.monotonic() + WAIT_FOR_LOCK_SECONDS
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            return
         except BlockingIOError:
             if time.monotonic() > deadline:
                 pid, host = [*os.pread(handle, 300, 0).decode(errors="replace").split(), "?", "?"][:2]
@@ -67,9 +80,7 @@ def hold_folder(folder: Path) -> None:
                 ) from None
             time.sleep(0.2)
         except OSError:
-            break  # some network disks have no locks, and a run must be possible there as well
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+            return  # some network disks have no locks, and a run must be possible there as well
 
 
 def move_aside(folder: Path, checkpoints: Path) -> None:

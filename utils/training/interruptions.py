@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM during training: noted, and met between two steps."""
 
 import signal
+import threading
 import time
 from types import TracebackType
 
@@ -14,7 +15,9 @@ class Interruptions:
         self.signum, self.at = 0, 0.0
 
     def __enter__(self) -> "Interruptions":
-        self._previous = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        # Python lets no other thread meet signals; some notebooks call from one.
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self._previous = {signum: signal.signal(signum, self._note) for signum in signals}
         return self
 
     def __exit__(

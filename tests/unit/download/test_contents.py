@@ -14,6 +14,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from helpers.command_runs import call_main
 from helpers.downloads import assert_right, fetch
 from helpers.environment import ROOT
 from helpers.fake_hub import content
@@ -113,7 +114,9 @@ def test_a_full_disk_is_a_message(endpoint, tmp_path, monkeypatch):
 
     monkeypatch.setattr(PartFile, "write", full)
     with pytest.raises(UserError, match="No space left"):
-        model_download.main(["--repo_id", "owner/model", "--endpoint", endpoint(), "--local_dir", str(tmp_path)])
+        call_main(
+            model_download.main, "--repo_id", "owner/model", "--endpoint", endpoint(), "--local_dir", str(tmp_path)
+        )
 
 
 def test_a_repository_that_is_broken_itself_is_said_so(endpoint, tmp_path):
@@ -154,9 +157,9 @@ def test_verify_only(endpoint, tmp_path, capsys):
     address = endpoint()
     verify = ["--local_dir", str(tmp_path), "--verify_only"]
     with pytest.raises(UserError, match="Give --repo_id"):
-        model_download.main(verify)
+        call_main(model_download.main, *verify)
     fetch(tmp_path, address)
-    model_download.main(verify)
+    call_main(model_download.main, *verify)
     assert f"All {len(FILES)} files" in capsys.readouterr().out
     before = (tmp_path / LARGEST).stat()
     data = bytearray((tmp_path / LARGEST).read_bytes())
@@ -164,9 +167,9 @@ def test_verify_only(endpoint, tmp_path, capsys):
     (tmp_path / LARGEST).write_bytes(data)
     os.utime(tmp_path / LARGEST, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(UserError, match=f"1 of {len(FILES)} files .* {LARGEST}"):
-        model_download.main(verify)
+        call_main(model_download.main, *verify)
     assert unfinished_files(tmp_path) == [LARGEST]
-    model_download.main([*verify, "--exclude", "*.safetensors"])
+    call_main(model_download.main, *verify, "--exclude", "*.safetensors")
     display = fetch(tmp_path, address)
     assert display.fetched == FILES[LARGEST]["size"]
     assert_right(tmp_path)
@@ -176,10 +179,10 @@ def test_verify_only_against_the_hub(endpoint, tmp_path):
     address = endpoint()
     huggingface_hub.snapshot_download("owner/model", local_dir=tmp_path, endpoint=address)
     verify = ["--local_dir", str(tmp_path), "--verify_only", "--repo_id", "owner/model", "--endpoint", address]
-    model_download.main(verify)
+    call_main(model_download.main, *verify)
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json"):
-        model_download.main(verify)
+        call_main(model_download.main, *verify)
 
 
 def test_unfinished_files(tmp_path):
@@ -259,9 +262,8 @@ def test_max_rate_holds_all_connections_together():
 
 def test_json_lines(endpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(JsonDisplay, "seconds_between_lines", 0.0)
-    model_download.main(
-        ["--repo_id", "owner/model", "--endpoint", endpoint(rate=2_000_000), "--local_dir", str(tmp_path), "--json"]
-    )
+    arguments = ["--repo_id", "owner/model", "--local_dir", tmp_path, "--json"]
+    call_main(model_download.main, *arguments, "--endpoint", endpoint(rate=2_000_000))
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert events[-1]["event"] == "done"
     assert events[-1]["bytes_received"] == TOTAL
@@ -272,9 +274,8 @@ def test_json_lines(endpoint, tmp_path, capsys, monkeypatch):
 
 def test_a_log_gets_a_plain_line_now_and_then(endpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Display, "seconds_between_lines", 0.1)
-    model_download.main(
-        ["--repo_id", "owner/model", "--endpoint", endpoint(rate=1_000_000), "--local_dir", str(tmp_path)]
-    )
+    arguments = ["--repo_id", "owner/model", "--local_dir", tmp_path]
+    call_main(model_download.main, *arguments, "--endpoint", endpoint(rate=1_000_000))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Fetching")]
     assert lines
     assert "time left" in lines[0]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.command_runs import call_main
 from helpers.settings import FULL, LLAMA_7B, LORA, memory_of, setup_of, world
 
 import llama_finetuning
@@ -77,7 +78,7 @@ def test_memory_is_checked_before_the_model_is_loaded(tiny_model, data_file, tmp
     monkeypatch.setattr("utils.finetune.load_trainable", lambda *_arguments: pytest.fail("loaded"))
     flags = f"--model_name {tiny_model} --alpaca_dataset.data_path {data_file} --output_dir {tmp_path / 'out'}"
     with pytest.raises(UserError, match="too small"):
-        llama_finetuning.main(flags.split())
+        call_main(llama_finetuning.main, *flags.split())
 
 
 def data_of(config: TrainingConfig):
