@@ -4,6 +4,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from datetime import datetime
 from typing import Annotated, Any, get_type_hints
@@ -172,10 +173,9 @@ def serve(app: FastAPI, listener: socket.socket) -> None:
         server.run(sockets=[listener])
         return
     # A notebook runs its cells within an event loop, so that the server's own needs another thread.
-    thread = threading.Thread(target=server.run, args=([listener],), name="serve")
-    thread.start()
-    try:
-        thread.join()
-    finally:
-        server.should_exit = True
-        thread.join()
+    with ThreadPoolExecutor(1, thread_name_prefix="serve") as executor:
+        serving = executor.submit(server.run, [listener])
+        try:
+            serving.result()
+        finally:
+            server.should_exit = True

@@ -107,6 +107,7 @@ class Trainer:
             finally:
                 self.saver.wait()
                 progress.close()
+                gc.unfreeze()  # or a notebook would never get the model's memory back
 
     def _one_step(self, metrics: Metrics, progress: Progress, interruptions: Interruptions) -> None:
         started = time.perf_counter()

@@ -1,8 +1,11 @@
-"""The command line as a person or a script types it, against hand-written expectations."""
+"""The command line as a person or a script types it, and calls from Python, against hand-written expectations."""
+
+from pathlib import Path
 
 import pytest
 
-from configs.command_line import parse, usage
+from configs.command_line import call, configure, parse, usage
+from configs.download import DownloadConfig
 from configs.errors import UserError
 from configs.results import MergeConfig
 from configs.serving import ApiConfig, ChatConfig
@@ -277,3 +280,155 @@ def test_help_says_what_every_flag_means(config_class, capsys):
     assert len(flags) >= 4
     for number in flags:
         assert lines[number + 1].startswith("      "), f"no meaning beneath {lines[number]}"
+
+
+# Calls that fire makes
+
+
+class Called:
+    """Stands in for a command's main, and keeps what it was called with."""
+
+    def __init__(self, config_class) -> None:
+        self.config_class, self.settings, self.times = config_class, {}, 0
+
+    def by(self, *argv: str):
+        """The configuration that a command line leads to, by way of fire."""
+
+        def main(**settings):
+            self.settings, self.times = settings, self.times + 1
+            return ["a result", main]
+
+        returned = call(main, self.config_class, list(argv))
+        assert returned == ["a result", main]
+        return configure(self.config_class, self.settings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["--你好", "--你好=再见", "--", "---", "-", "-x", "--help", "-h", "--nothing", "--trace", "--interactive"],
+        *["2024", "1e5", "None", "true", "[你好]", "你好, 世界", "{1: 2}", "a # b", "'a'", '"', "\\n"],
+        *["", " ", " a=b ", "=", "一行\n又一行\n", "a\t--top_k 3", "\u2028"],
+    ],
+)
+def test_fire_hands_any_prompt_on_and_says_nothing(text, capsys):
+    called = Called(ChatConfig)
+    for argv in (["--prompt", text, "--top_k", "3"], [f"--prompt={text}", "--top-k=3"]):
+        config = called.by(*argv)
+        assert called.settings == {"prompt": text, "top_k": "3"}
+        assert (config.prompt, config.top_k) == (text, 3)
+    assert called.times == 2
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--include", "*.json", "--include", "a,b", "--exclude=c"], (["*.json", "a", "b"], ["c"])),
+        (["--include", "['(a', 'b)']"], (["(a", "b)"], [])),
+        (["--include", "x"], (["x"], [])),
+    ],
+)
+def test_fire_hands_lists_on_whole(argv, expected):
+    config = Called(DownloadConfig).by("--repo_id", "owner/name", *argv)
+    assert (config.include, config.exclude) == expected
+
+
+def test_fire_hands_switches_numbers_and_dotted_flags_on():
+    config = Called(TrainingConfig).by(
+        *"--use_peft --mixed_precision false --run-validation no --lr 1e-5 --lora_config.r 4 --quantization".split(),
+        *"--lora_config.target_modules [] --lora_config.target_modules q_proj --lora_config.r 16".split(),
+    )
+    assert (config.use_peft, config.mixed_precision, config.run_validation) == (True, False, False)
+    assert (config.lr, config.lora_config.r, config.quantization) == (1e-5, 16, "8bit")
+    assert config.lora_config.target_modules == ["q_proj"]
+    assert Called(TrainingConfig).by() == TrainingConfig()
+
+
+@pytest.mark.parametrize("argv", [["--normalize"], ["--nouse_peft"], ["stray"], ["-"], ["--"], ["--", "--trace"]])
+def test_what_fire_would_let_pass_never_reaches_it(argv):
+    called = Called(TrainingConfig)
+    with pytest.raises(UserError):
+        called.by(*argv)
+    assert called.times == 0
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_ours(flag, capsys):
+    called = Called(ChatConfig)
+    with pytest.raises(SystemExit) as caught:
+        called.by("--top_k", "3", flag)
+    assert (caught.value.code, called.times) == (0, 0)
+    assert capsys.readouterr() == (usage(ChatConfig) + "\n", "")
+
+
+# Calls from Python
+
+
+def test_a_call_takes_values_and_the_texts_of_the_command_line_alike():
+    typed = {"use_peft": True, "lr": 1e-5, "max_steps": 3, "output_dir": Path("a b"), "quantization": "4bit"}
+    typed |= {"lora_config.r": 16, "lora_config.target_modules": ["q_proj", "k_proj"], "torch_compile": None}
+    texts = {"use_peft": "yes", "lr": "1e-5", "max_steps": "3", "output_dir": "a b", "quantization": "nf4"}
+    texts |= {"lora_config.r": "16", "lora_config.target_modules": "[q_proj,k_proj]"}
+    argv = "--use_peft --lr 1e-5 --max_steps 3 --quantization 4bit --lora_config.r 16 --output_dir".split()
+    argv += ["a b", "--lora_config.target_modules", "q_proj,k_proj"]
+    assert configure(TrainingConfig, typed) == configure(TrainingConfig, texts) == parse(TrainingConfig, argv)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(True, "8bit"), (8, "8bit"), ("int8", "8bit"), (4, "4bit"), ("4bit", "4bit"), (False, None), (None, None)],
+)
+def test_quantization_in_a_call(value, expected):
+    assert configure(TrainingConfig, {"use_peft": True, "quantization": value}).quantization == expected
+
+
+@pytest.mark.parametrize("text", ["--help", "", "None", "[你好]", "-", "a=b\n"])
+def test_a_prompt_in_a_call_is_what_it_is(text):
+    assert configure(ChatConfig, {"prompt": text}).prompt == text
+
+
+def test_a_list_in_a_call_is_what_it_is():
+    include = ["[ab]*.json", "a,b", " c"]
+    assert configure(DownloadConfig, {"repo_id": "o/n", "include": include}).include == include
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_epochs": 2.5}, "--num_epochs 2.5: expected a whole number"),
+        ({"num_epochs": True}, "--num_epochs True: expected a whole number"),
+        ({"num_epochs": None}, "--num_epochs None: expected a whole number"),
+        ({"num_epochs": [3]}, "--num_epochs [3]: expected a whole number"),
+        ({"lr": float("nan")}, "--lr nan: expected a number"),
+        ({"use_peft": 2}, "--use_peft 2: expected true or false"),
+        ({"use_peft": None}, "--use_peft None: expected true or false"),
+        ({"quantization": 5}, "--quantization 5: expected one of 8bit, 4bit"),
+        ({"output_dir": None}, "--output_dir None: expected text"),
+        ({"output_dir": ["a"]}, "--output_dir ['a']: expected text"),
+        ({"lora_config.target_modules": 3}, "--lora_config.target_modules 3: expected a list of texts"),
+        ({"lora_config.target_modules": [3]}, "--lora_config.target_modules [3]: expected a list of texts"),
+        ({"lora_config": {"r": 16}}, "unknown flag --lora_config; did you mean --lora_config.r?"),
+        ({"batch_size": 4}, "unknown flag --batch_size; did you mean --val_batch_size?"),
+        ({"help": True}, "unknown flag --help; did you mean --scheduler?"),
+    ],
+)
+def test_wrong_values_in_a_call(settings, expected):
+    with pytest.raises(UserError) as caught:
+        configure(TrainingConfig, settings)
+    assert str(caught.value).split("\n")[0] == expected
+
+
+def test_a_call_is_refused_in_the_words_of_the_command_line_with_all_problems_at_once():
+    settings = {"bogus": 1, "num_epochs": "many", "lr": -1, "use_peft": "perhaps", "seed": -1, "lora_config.rr": 2}
+    argv = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    with pytest.raises(UserError) as caught:
+        configure(TrainingConfig, settings)
+    assert str(caught.value) == complaint(TrainingConfig, *argv)
+    assert len(str(caught.value).split("\n")) == 7
+
+
+def test_half_a_character_in_a_call_is_refused():
+    for settings in ({"prompt": "\ud800"}, {"\udc80": 1}, {"base_model": Path("\udc80")}):
+        with pytest.raises(UserError, match="not UTF-8"):
+            configure(ChatConfig, settings)
