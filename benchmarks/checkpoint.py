@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from configs.training import TrainingConfig
 from utils.files import flush, sha256
 from utils.machine.world import World
 from utils.runs import checkpoint as checkpoints
+from utils.runs.state import RunState
 from utils.training.optimizer import make_optimizer, run_tensors
 
 HIDDEN, INTERMEDIATE, LAYERS, RANK = 4096, 11008, 32, 8
@@ -34,6 +36,7 @@ INTERVALS = {
     "every 50 steps of 0.45 s (40 examples, H100)": 22.5,
 }
 """When a checkpoint is written: seconds from one to the next. A step of 40 Chinese examples has 7,600 tokens."""
+STATE = RunState(0, 1, {}, world_size=1, batch_size_training=40, has_optimizer=True, loss_scale={})
 
 
 def main() -> None:
@@ -117,7 +120,7 @@ def time_in_background(
         until = time.perf_counter() + 1
         count, seconds = products(lambda until=until: time.perf_counter() < until)
         usual = count / seconds
-        stalls.append(seconds_of(lambda repeat=repeat: saver.save({"step": repeat}, tensors, report=print)))
+        stalls.append(seconds_of(lambda repeat=repeat: saver.save(replace(STATE, step=repeat), tensors, report=print)))
         count, seconds = products(saver.thread.is_alive)
         wholes.append(stalls[-1] + seconds)
         slowed.append(max(0.0, seconds - count / usual))

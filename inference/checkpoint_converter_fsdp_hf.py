@@ -48,7 +48,7 @@ def main(**settings: Any) -> Path:
     from utils.runs.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(Path(config.fsdp_checkpoint_path))
-    if "settings" not in checkpoint.state:
+    if not checkpoint.state.settings:
         raise UserError(
             _(
                 "{path} was written by an earlier version and can't be converted. Go on with its run: it writes newer "
@@ -56,7 +56,7 @@ def main(**settings: Any) -> Path:
                 path=checkpoint.path,
             )
         )
-    base = ModelFolder(config.HF_model_path_or_name or checkpoint.state["settings"]["model_name"])
+    base = ModelFolder(config.HF_model_path_or_name or checkpoint.state.settings["model_name"])
     print(_("Converting {path} …", path=checkpoint.path), flush=True)
     run = consolidate(checkpoint, base, Path(config.consolidated_model_path))
     print(_("Done: {folder}. Talk to it:  {command}", folder=run.output_dir, command=chat_command(run)))

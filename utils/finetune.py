@@ -14,12 +14,14 @@ from utils.machine.launch import was_restarted
 from utils.machine.memory import forget_peak, limit_memory
 from utils.machine.world import World, check_ranks_agree, check_shared, decide_on_main, sharding_group_size
 from utils.model.adapters import trainable_parameters
+from utils.model.digests import in_background
 from utils.model.folder import ModelFolder
 from utils.planning.fits import check_memory
 from utils.planning.shape import Shape
 from utils.reports import run as report
 from utils.reports.loss_picture import draw_losses
 from utils.results.saving import save_result
+from utils.runs.base_model import BaseIdentity
 from utils.runs.description import describe_run, write_training_config
 from utils.runs.folder import hold_folder
 from utils.runs.metrics import Metrics
@@ -70,7 +72,7 @@ def fine_tune(
         "prompt_template": repr(template),
     }
     check_ranks_agree({**fingerprints, "held_out": replace(data, training=data.held_out).fingerprint()})
-    start = decide_on_main(world, lambda: find_start(config, world.size, len(data.training), fingerprints))
+    start = decide_on_main(world, lambda: find_start(config, world.size, len(data.training), fingerprints, folder))
     report.start_notes(start, output, say)
     if start.is_finished:
         return
@@ -81,6 +83,8 @@ def fine_tune(
     check_memory(config, setup, shape)
     limit_memory(world, config.gpu_memory_gb)
     report.note_on_cards(config, setup, shape, say)
+    # Beside loading and the search for the micro-batch it costs no time: what one has read, the other finds in memory.
+    sha256 = in_background(folder.sha256 if world.is_main else dict)
     say(_("Loading {folder} …", folder=folder.path))
     loss_module = load_trainable(config, setup, folder)
 
@@ -95,7 +99,8 @@ def fine_tune(
     decide_on_main(world, trainer.check_disk_space)
     for line in report.before_first_step(trainer):
         say(line)
-    description = describe_run(config, tokenizer, template, fingerprints["base_model"])
+    base = BaseIdentity(folder.fingerprint(), folder.digests, sha256.result())
+    description = describe_run(config, tokenizer, template, base)
     if data.origin:
         description["data"] = data.origin
     if world.is_main:

@@ -28,6 +28,7 @@ from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.model.folder import ModelFolder
+from utils.runs.base_model import BaseIdentity
 from utils.runs.description import describe_run, write_training_config
 
 MERGE = "inference/hf-text-generation-inference/merge_lora_weights.py"
@@ -57,7 +58,8 @@ def make_adapter(folder: Path, model_folder: Path, peft_config=None, **more) -> 
     config = peft_config or peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(LlamaForCausalLM.from_pretrained(model_folder), config).save_pretrained(folder)
     settings = TrainingConfig(model_name=str(model_folder), output_dir=str(folder), use_peft=True)
-    base = ModelFolder(model_folder).fingerprint()
+    folder_of_base = ModelFolder(model_folder)
+    base = BaseIdentity(folder_of_base.fingerprint(), folder_of_base.digests, folder_of_base.sha256())
     write_training_config(folder, describe_run(settings, Tokenizer(model_folder), PromptTemplate(), base) | more)
     return folder
 

@@ -104,7 +104,7 @@ def test_a_run_that_goes_on_in_fp16_has_a_loss_scale(tiny_model, tmp_path, monke
     settings = {"batch_size_training": 4, "max_steps": 4, "save_steps": 2}
     train(make_trainer(tiny_model, tmp_path / "begun", **settings))
     checkpoint = read_checkpoint(tmp_path / "begun" / "checkpoints" / "step-2")
-    assert checkpoint.state["loss_scale"]["value"] == 1.0
+    assert checkpoint.state.loss_scale["value"] == 1.0
     monkeypatch.setattr(
         "utils.machine.precision.half_precision", lambda _device, _fp16: (torch.float16, "another card")
     )

@@ -196,7 +196,7 @@ def test_replicas_round_alike(runs):
 def test_activation_checkpointing_is_the_users_choice(runs):
     _results, folder = runs
     kept = {
-        name: read_checkpoint(folder / name / "checkpoints" / "step-6").state["micro_batch"][2]
+        name: read_checkpoint(folder / name / "checkpoints" / "step-6").state.step_plan["kept_layers"]
         for name in ("full FSDP 2", "full recomputed 2")
     }
     assert kept == {"full FSDP 2": 2, "full recomputed 2": 0}
@@ -301,6 +301,6 @@ def test_a_checkpoint_is_converted_over_its_own_base_only(runs, model, tiny_mode
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"not empty.*--consolidated_model_path"):
         consolidate(checkpoint, ModelFolder(model), tmp_path)
-    checkpoint.state["settings"] |= {"peft_method": "prefix"}
+    checkpoint.state.settings["peft_method"] = "prefix"
     with pytest.raises(UserError, match="--peft_method prefix"):
         consolidate(checkpoint, ModelFolder(model), tmp_path / "out")

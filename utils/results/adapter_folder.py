@@ -1,7 +1,9 @@
 """An adapter's folder: is it whole, does it belong to this base model, and how it is put over it again."""
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.model.folder import ADAPTER_CONFIG, ModelFolder
 from utils.model.tensor_files import is_whole
+from utils.runs.base_model import BaseIdentity, compared_by_first_rows, differences
 from utils.runs.description import read_training_config
 
 
@@ -90,20 +93,40 @@ def template_of(adapter_folder: Path, base: ModelFolder, tokenizer: Tokenizer) -
     described = read_training_config(adapter_folder)
     if described is None:
         return PromptTemplate()
-    trained_on = described["settings"]["model_name"]
+    known = BaseIdentity.from_dict(described)
     if described["tokenizer_fingerprint"] != tokenizer.fingerprint:
-        what = _("another tokenizer")
-    elif described["base_model_fingerprint"] != base.fingerprint():
-        what = _("another base model")
-    else:
-        return PromptTemplate(**described["prompt_template"])
-    raise UserError(
-        _(
-            "The adapter in {adapter} was trained over {what}, not over {base}: it was trained over {trained_on}. "
-            "Give that model with --base_model.",
-            adapter=adapter_folder,
-            what=what,
-            base=base.path,
-            trained_on=trained_on,
-        )
+        raise _made_for(_("another tokenizer"), adapter_folder, described, base)
+    if known.is_of_first_rows:
+        print(compared_by_first_rows(adapter_folder), file=sys.stderr, flush=True)
+    if not known.is_of(base):
+        told = differences(known.digests, base.digests)
+        raise _made_for(_("another base model"), adapter_folder, described, base, told)
+    return PromptTemplate(**described["prompt_template"])
+
+
+def check_whole_base(adapter_folder: Path, base: ModelFolder, sha256: dict[str, str]) -> None:
+    """Refuse a base model that looks like the one that an adapter was trained over, and is not the same throughout.
+
+    Args:
+        sha256: of each of its tensors, read whole.
+
+    Raises:
+        UserError: some tensors are others.
+    """
+    described = read_training_config(adapter_folder)
+    if described and (told := differences(BaseIdentity.from_dict(described).sha256, sha256)):
+        raise _made_for(_("another base model"), adapter_folder, described, base, told)
+
+
+def _made_for(
+    what: str, adapter_folder: Path, described: dict[str, Any], base: ModelFolder, told: str = ""
+) -> UserError:
+    message = _(
+        "The adapter in {adapter} was trained over {what}, not over {base}: it was trained over {trained_on}. "
+        "Give that model with --base_model.",
+        adapter=adapter_folder,
+        what=what,
+        base=base.path,
+        trained_on=described["settings"]["model_name"],
     )
+    return UserError(f"{message} {told}".strip())

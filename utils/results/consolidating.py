@@ -1,5 +1,6 @@
 """A checkpoint of a run turned into what the run itself hands over at its end: a model, or an adapter."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.machine.world import World
 from utils.model.adapters import make_trainable
+from utils.model.digests import whole_digest
 from utils.model.folder import ModelFolder
 from utils.model.weights import empty_base_model
 from utils.results.model_card import model_card
-from utils.results.saving import UNFINISHED, save_result
+from utils.results.saving import STAGING, save_result
+from utils.runs.base_model import compared_by_first_rows, differences
 from utils.runs.checkpoint import Checkpoint, load_tensors
-from utils.runs.description import describe_run
+from utils.runs.description import describe_run, identity_of_base
 
 
 def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> TrainingConfig:
@@ -34,8 +37,8 @@ def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> Trai
         UserError: the checkpoint is not of this base model, or of a kind that can't be converted; `output` holds files.
     """
     state = checkpoint.state
-    config = replace(TrainingConfig.restored(state["settings"]), model_name=str(base.path), output_dir=str(output))
-    if output.is_dir() and any(item.name != UNFINISHED for item in output.iterdir()):
+    config = replace(TrainingConfig.restored(state.settings), model_name=str(base.path), output_dir=str(output))
+    if output.is_dir() and any(item.name != STAGING for item in output.iterdir()):
         raise UserError(
             _("{folder} is not empty. Give another --consolidated_model_path, or remove it.", folder=output)
         )
@@ -49,30 +52,39 @@ def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> Trai
             )
         )
     tokenizer, template = Tokenizer(base.path), PromptTemplate()
-    fingerprint = base.fingerprint()
-    for name, value, what in (
-        ("base_model", fingerprint, _("another base model")),
-        ("tokenizer", tokenizer.fingerprint, _("another tokenizer")),
-        ("prompt_template", repr(template), _("another prompt template")),
-    ):
-        if state["identity"][name] != value:
-            raise UserError(
-                _(
-                    "{path} is a checkpoint of a run with {what}: it was trained over {trained_on}. Give that model "
-                    "with --HF_model_path_or_name.",
-                    path=checkpoint.path,
-                    what=what,
-                    trained_on=state["settings"]["model_name"],
-                )
-            )
+    known = identity_of_base(checkpoint)
+    if known.is_of_first_rows:
+        print(compared_by_first_rows(checkpoint.path), file=sys.stderr, flush=True)
+    if not known.is_of(base):
+        raise _made_for(_("another base model"), checkpoint, differences(known.digests, base.digests))
+    if state.identity["tokenizer"] != tokenizer.fingerprint:
+        raise _made_for(_("another tokenizer"), checkpoint)
+    if state.identity["prompt_template"] != repr(template):
+        raise _made_for(_("another prompt template"), checkpoint)
     # fp32, as the run trains; nothing is loaded into this model, it tells names and shapes.
     model = empty_base_model(base, torch.float32)
     model = make_trainable(model, config)
-    description = describe_run(config, tokenizer, template, fingerprint)
+    if config.method == "full":
+        kept = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        before = {name: known.sha256[name] for name in kept if name in known.sha256}
+        if told := differences(before, {name: whole_digest(base.tensor(name)) for name in before}):
+            raise _made_for(_("another base model"), checkpoint, told)
+    description = describe_run(config, tokenizer, template, known)
     description["trained_steps"] = checkpoint.step
     facts = {_("base model"): f"`{config.model_name}`", _("steps"): str(checkpoint.step)}
     save_result(config, model, _tensors(model, checkpoint, base, config), description, model_card(config, facts))
     return config
+
+
+def _made_for(what: str, checkpoint: Checkpoint, told: str = "") -> UserError:
+    message = _(
+        "{path} is a checkpoint of a run with {what}: it was trained over {trained_on}. Give that model with "
+        "--HF_model_path_or_name.",
+        path=checkpoint.path,
+        what=what,
+        trained_on=checkpoint.state.settings["model_name"],
+    )
+    return UserError(f"{message} {told}".strip())
 
 
 def _tensors(

@@ -6,6 +6,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.quantization import Quantization
 from ft_datasets.prompt import PromptTemplate
+from utils.model.digests import whole_digest
 from utils.model.folder import ADAPTER_CONFIG, ModelFolder
 from utils.model.quantization import rounded_weight
 from utils.model.rounding import round_stochastically
 from utils.model.tensor_files import open_tensors
+from utils.results.adapter_folder import check_whole_base
 from utils.results.model_files import make_readable, write_model
 from utils.runs.description import TRAINING_CONFIG
 
@@ -155,7 +158,7 @@ def merge(
         Bytes of the weights.
 
     Raises:
-        UserError: `output` holds something already, the disk is too small, or base and adapter do not fit together.
+        UserError: `output` holds something already, the disk is too small, or base and adapter do not belong together.
     """
     delta, output = LoraDelta(adapter), output.resolve()
     if output.is_dir() and any(output.iterdir()):
@@ -194,5 +197,12 @@ def merge(
 def _merged(
     base: ModelFolder, delta: LoraDelta, quantization: Quantization | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, weight in base.tensors():
-        yield name, delta.apply(name, weight, quantization)
+    """The merged tensors; at the end, a base model that is not throughout the adapter's own is refused."""
+    sha256: dict[str, str] = {}
+    with ThreadPoolExecutor(1) as hasher:
+        for name, weight in base.tensors():
+            digest = hasher.submit(whole_digest, weight)
+            yield name, delta.apply(name, weight, quantization)
+            if base.is_weight(name):
+                sha256[name] = digest.result()
+    check_whole_base(delta.folder, base, sha256)

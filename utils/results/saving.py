@@ -14,7 +14,7 @@ from utils.files import write_json
 from utils.results.model_files import SHARD_BYTES, make_readable, stored_dtype, write_model
 from utils.runs.description import TRAINING_CONFIG
 
-UNFINISHED = ".saving"
+STAGING = ".saving"
 """Folder within the output folder where a result is written before it takes its place."""
 
 
@@ -34,7 +34,7 @@ def save_result(
             one at a time and written before the next file's are asked for.
     """
     folder = Path(config.output_dir)
-    staging = folder / UNFINISHED
+    staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     if config.method != "full":

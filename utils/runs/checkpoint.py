@@ -26,6 +26,7 @@ from configs.messages import _
 from utils.files import flush, sha256
 from utils.machine.memory import pinned_for, wait_for
 from utils.machine.world import World, gathered_from_all
+from utils.runs.state import RunState
 
 COMPLETE = "complete.json"
 UNFINISHED = ".unfinished"
@@ -42,12 +43,12 @@ class Checkpoint:
     """A whole checkpoint on disk; `state` is what `save_checkpoint` was given."""
 
     path: Path
-    state: dict[str, Any]
+    state: RunState
 
     @property
     def step(self) -> int:
         """Optimizer steps that were done when it was written."""
-        return self.state["step"]
+        return self.state.step
 
 
 class Saver:
@@ -89,8 +90,8 @@ class Saver:
                 )
             )
 
-    def save(self, state: dict[str, Any], tensors: dict[str, dict[str, Any]], report: Callable[[str], None]) -> None:
-        """Write `folder/step-N`, N being state["step"], once the checkpoint before is written.
+    def save(self, state: RunState, tensors: dict[str, dict[str, Any]], report: Callable[[str], None]) -> None:
+        """Write `folder/step-N`, N being state.step, once the checkpoint before is written.
 
         Args:
             report: is told, on rank 0, why the checkpoint could not be written.
@@ -135,7 +136,7 @@ class Saver:
 
     def _write(
         self,
-        state: dict[str, Any],
+        state: RunState,
         tensors: dict[str, dict[str, Any]],
         report: Callable[[str], None],
         together: bool = False,
@@ -147,13 +148,13 @@ class Saver:
 
 def save_checkpoint(
     folder: Path,
-    state: dict[str, Any],
+    state: RunState,
     tensors: dict[str, dict[str, Any]],
     keep: int,
     is_main: bool = True,
     together: bool = False,
 ) -> str:
-    """Write `folder/step-N`, N being state["step"], and remove all but the newest `keep`.
+    """Write `folder/step-N`, N being state.step, and remove all but the newest `keep`.
 
     Args:
         is_main: whether this process makes and renames folders.
@@ -162,7 +163,7 @@ def save_checkpoint(
     Returns:
         '' or, where it could not be written, why; earlier checkpoints are untouched then.
     """
-    final = folder / f"step-{state['step']}"
+    final = folder / f"step-{state.step}"
     staging = final.with_name(final.name + UNFINISHED)
     error = ""
     for has_part, action in (
@@ -202,13 +203,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     mark = path / COMPLETE
     try:
         complete = json.loads(mark.read_text(encoding="utf-8"))
-        hashes, state = complete["sha256"], complete["state"]
-        if complete["sha256_of_this"] != _sha256_of(state, hashes):
+        hashes, values = complete["sha256"], complete["state"]
+        if complete["sha256_of_this"] != _sha256_of(values, hashes):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             _("{path} is not a whole checkpoint: {file} is missing or broken.", path=path, file=COMPLETE)
         ) from None
+    try:
+        state = RunState.from_dict(values)
+    except ValueError as error:
+        raise UserError(_("{file} can't be read ({error}).", file=mark, error=error)) from error
     for name, digest in hashes.items():
         file = path / name
         try:
@@ -270,7 +275,7 @@ def _make_staging(staging: Path) -> None:
     staging.mkdir(parents=True)
 
 
-def _seal(staging: Path, final: Path, state: dict[str, Any]) -> None:
+def _seal(staging: Path, final: Path, state: RunState) -> None:
     """Flush and hash what was written, add the completion mark, and give it its name."""
     hashes = {}
     for file in sorted(staging.iterdir()):
@@ -283,10 +288,10 @@ def _seal(staging: Path, final: Path, state: dict[str, Any]) -> None:
     flush(final.parent)
 
 
-def write_mark(folder: Path, state: dict[str, Any], hashes: dict[str, str]) -> None:
+def write_mark(folder: Path, state: RunState, hashes: dict[str, str]) -> None:
     """Declare a checkpoint whole: its state, the SHA-256 of each of its files by name, and one of these two."""
-    mark = folder / COMPLETE
-    content = {"state": state, "sha256": hashes, "sha256_of_this": _sha256_of(state, hashes)}
+    mark, values = folder / COMPLETE, state.to_dict()
+    content = {"state": values, "sha256": hashes, "sha256_of_this": _sha256_of(values, hashes)}
     mark.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     flush(mark)
 

@@ -12,6 +12,8 @@ from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.files import write_json
+from utils.runs.base_model import BaseIdentity
+from utils.runs.checkpoint import Checkpoint
 
 TRAINING_CONFIG = "training_config.json"
 
@@ -41,7 +43,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "sentencepiece", "t
 
 
 def describe_run(
-    config: TrainingConfig, tokenizer: Tokenizer, template: PromptTemplate, base_fingerprint: str
+    config: TrainingConfig, tokenizer: Tokenizer, template: PromptTemplate, base: BaseIdentity
 ) -> dict[str, Any]:
     """What training_config.json holds: every resolved setting and all that the adapter's user must do alike."""
     versions = {}
@@ -56,9 +58,25 @@ def describe_run(
         "bos_ids": tokenizer.bos_ids,
         "eos_id": tokenizer.eos_id,
         "tokenizer_fingerprint": tokenizer.fingerprint,
-        "base_model_fingerprint": base_fingerprint,
         "versions": versions,
+        **base.to_dict(),
     }
+
+
+def identity_of_base(checkpoint: Checkpoint) -> BaseIdentity:
+    """What the base model of a checkpoint's run is known by.
+
+    Its digests by tensor stand in the run's training_config.json: in the output folder above the checkpoint, or where
+    the run had it. They are left out where it is not there any more, or tells of another run.
+    """
+    fingerprint = checkpoint.state.identity["base_model"]
+    folders = [checkpoint.path.absolute().parents[1]]
+    if checkpoint.state.settings:
+        folders.append(Path(checkpoint.state.settings["output_dir"]))
+    for described in filter(None, map(read_training_config, folders)):
+        if (base := BaseIdentity.from_dict(described)).fingerprint == fingerprint:
+            return base
+    return BaseIdentity(fingerprint)
 
 
 def write_training_config(folder: Path, description: dict[str, Any]) -> None:

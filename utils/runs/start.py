@@ -8,8 +8,9 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.training import TrainingConfig
 from utils.rows.schedule import Schedule
+from utils.runs.base_model import BaseModel, compared_by_first_rows, differences
 from utils.runs.checkpoint import Checkpoint, newest_whole, read_checkpoint
-from utils.runs.description import read_training_config
+from utils.runs.description import identity_of_base, read_training_config
 from utils.runs.folder import move_aside, set_newer_aside
 from utils.runs.metrics import read_metrics
 
@@ -55,12 +56,15 @@ class Start:
     notes: list[str]
 
 
-def find_start(config: TrainingConfig, world_size: int, examples: int, fingerprints: dict[str, str]) -> Start:
+def find_start(
+    config: TrainingConfig, world_size: int, examples: int, fingerprints: dict[str, str], base: BaseModel
+) -> Start:
     """Decide where the run begins, by --resume and what lies in its output folder.
 
     Args:
         examples: how many there are to train on.
         fingerprints: hashes of data, base model, tokenizer and template.
+        base: the base model, for what earlier versions knew of it, and to name the tensors that differ.
 
     Raises:
         UserError: the run can't go on from what is there, and must not overwrite it.
@@ -69,7 +73,7 @@ def find_start(config: TrainingConfig, world_size: int, examples: int, fingerpri
     global_batch_size = config.batch_size_training * world_size
     if checkpoint:
         before = checkpoint.state
-        if not before["has_optimizer"]:
+        if not before.has_optimizer:
             raise UserError(
                 _(
                     "{path} was written with --save_optimizer False, so the run can't go on from it. To begin anew: "
@@ -77,14 +81,14 @@ def find_start(config: TrainingConfig, world_size: int, examples: int, fingerpri
                     path=checkpoint.path,
                 )
             )
-        if before["batch_size_training"] == config.batch_size_training:
-            global_batch_size = before["identity"]["global_batch_size"]
-        if before["world_size"] != world_size:
+        if before.batch_size_training == config.batch_size_training:
+            global_batch_size = before.identity["global_batch_size"]
+        if before.world_size != world_size:
             notes.append(
                 _(
                     "The run was made by {old} processes and goes on with {new}: {batch} examples a step, in the same "
                     "order.",
-                    old=before["world_size"],
+                    old=before.world_size,
                     new=world_size,
                     batch=global_batch_size,
                 )
@@ -93,7 +97,7 @@ def find_start(config: TrainingConfig, world_size: int, examples: int, fingerpri
     identity = run_identity(config, schedule, fingerprints)
     finished = False
     if checkpoint:
-        notes += _check_same_run(checkpoint, identity, schedule, config.accept_changes)
+        notes += _check_same_run(checkpoint, identity, schedule, config.accept_changes, base)
         notes += set_newer_aside(config.checkpoints_dir, checkpoint)
         described = read_training_config(Path(config.output_dir)) or {}
         finished = checkpoint.step >= schedule.total_steps and described.get("trained_steps") == checkpoint.step
@@ -158,15 +162,21 @@ def _find_checkpoint(config: TrainingConfig) -> tuple[Checkpoint | None, list[st
     return newest, notes
 
 
-def _check_same_run(checkpoint: Checkpoint, identity: dict[str, Any], schedule: Schedule, accept: bool) -> list[str]:
+def _check_same_run(
+    checkpoint: Checkpoint, identity: dict[str, Any], schedule: Schedule, accept: bool, base: BaseModel
+) -> list[str]:
     """Compare a checkpoint's run with the one that is to go on from it; returns what to tell.
 
     Raises:
         UserError: something changed that would make it another run, and `accept` is not given.
     """
-    before, total = checkpoint.state["identity"], checkpoint.state["total_steps"]
     notes = []
-    changes = [f"  {name}: {before.get(name)} -> {now}" for name, now in identity.items() if before.get(name) != now]
+    before, now = dict(checkpoint.state.identity), dict(identity)
+    known = identity_of_base(checkpoint)
+    if known.is_of_first_rows:
+        notes.append(compared_by_first_rows(checkpoint.path))
+        now["base_model"] = base.first_row_fingerprint()
+    total = checkpoint.state.total_steps
     if schedule.total_steps > total:
         notes.append(
             _(
@@ -176,19 +186,23 @@ def _check_same_run(checkpoint: Checkpoint, identity: dict[str, Any], schedule: 
             )
         )
     elif schedule.total_steps < total:
-        changes.append(f"  steps: {total} -> {schedule.total_steps}")
-    structural = [change for change in changes if change.split(":")[0].strip().startswith(STRUCTURAL)]
+        before["steps"], now["steps"] = total, schedule.total_steps
+    changed = [name for name in now if before.get(name) != now[name]]
+    lines = {name: f"  {name}: {before.get(name)} -> {now[name]}" for name in changed}
+    if "base_model" in lines and (told := differences(known.digests, base.digests)):
+        lines["base_model"] += f"\n    {told}"
+    structural = [name for name in changed if name.startswith(STRUCTURAL)]
     if structural:
         heading = _("{path} holds what was trained with other settings (old -> new):", path=checkpoint.path)
         advice = _(
             "These say what is trained, so the run can't go on with the new ones. Use the old ones, or begin anew "
             "(--resume none)."
         )
-        raise UserError("\n".join([heading, *structural, advice]))
-    if changes and not accept:
+        raise UserError("\n".join([heading, *map(lines.get, structural), advice]))
+    if changed and not accept:
         heading = _("{path} belongs to a run with other settings (old -> new):", path=checkpoint.path)
         advice = _("Use the old settings, go on with the new ones (--accept_changes), or begin anew (--resume none).")
-        raise UserError("\n".join([heading, *changes, advice]))
-    if changes:
-        notes.append("\n".join([_("Going on with changed settings (old -> new):"), *changes]))
+        raise UserError("\n".join([heading, *lines.values(), advice]))
+    if changed:
+        notes.append("\n".join([_("Going on with changed settings (old -> new):"), *lines.values()]))
     return notes

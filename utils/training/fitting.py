@@ -1,7 +1,7 @@
 """The step plan of a run: found by trying with its own model and heaviest examples, or kept from before."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,11 +28,18 @@ class Fitted(NamedTuple):
     key: str
     step_plan: StepPlan
 
+    def to_dict(self) -> dict[str, Any]:
+        """As a checkpoint's state has it."""
+        return {"key": self.key, **self.step_plan._asdict()}
+
     @classmethod
-    def of_checkpoint(cls, checkpoint: Checkpoint) -> "Fitted":
-        """The plan of the run that wrote it."""
-        key, *plan = checkpoint.state["micro_batch"]
-        return cls(key, StepPlan(*plan))
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> "Fitted | None":
+        """The plan of the run that wrote it; None where it tells none that is understood."""
+        try:
+            fields = dict(checkpoint.state.step_plan)
+            return cls(fields.pop("key"), StepPlan(**fields))
+        except (KeyError, TypeError):
+            return None
 
 
 def fit(

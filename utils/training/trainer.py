@@ -19,6 +19,7 @@ from utils.runs.checkpoint import Checkpoint, Saver, load_tensors, size_of
 from utils.runs.metrics import Metrics
 from utils.runs.progress import Progress
 from utils.runs.start import Start
+from utils.runs.state import RunState
 from utils.training.fitting import Fitted
 from utils.training.interruptions import Interruptions
 from utils.training.loss_scale import LossScale
@@ -74,10 +75,10 @@ class Trainer:
         state = checkpoint.state
         load_tensors(checkpoint, run_tensors(self.parameters, self.optimizer), self.world)
         self.stepper.loss_module.refresh()
-        loss_scale = LossScale(**state["loss_scale"])
+        loss_scale = LossScale(**state.loss_scale)
         if loss_scale.is_used == self.stepper.loss_scale.is_used:  # another card may compute in another type
             self.stepper.loss_scale = loss_scale
-        self.done, self.last_eval_loss = state["step"], state["last_eval_loss"]
+        self.done, self.last_eval_loss = state.step, state.last_eval_loss
 
     def check_disk_space(self) -> None:
         """Refuse a run whose checkpoints and result would fill the disk; see Saver."""
@@ -196,18 +197,18 @@ class Trainer:
 
     def _save(self, metrics: Metrics, progress: Progress) -> None:
         metrics.flush()
-        state = {
-            "step": self.done,
-            "total_steps": self.schedule.total_steps,
-            "identity": self.identity,
-            "settings": asdict(self.config),
-            "world_size": self.world.size,
-            "batch_size_training": self.config.batch_size_training,
-            "has_optimizer": self.config.save_optimizer,
-            "loss_scale": asdict(self.stepper.loss_scale),
-            "micro_batch": [self.plan_key, *self.stepper.step_plan],
-            "last_eval_loss": self.last_eval_loss,
-        }
+        state = RunState(
+            step=self.done,
+            total_steps=self.schedule.total_steps,
+            identity=self.identity,
+            world_size=self.world.size,
+            batch_size_training=self.config.batch_size_training,
+            has_optimizer=self.config.save_optimizer,
+            loss_scale=asdict(self.stepper.loss_scale),
+            step_plan=Fitted(self.plan_key, self.stepper.step_plan).to_dict(),
+            settings=asdict(self.config),
+            last_eval_loss=self.last_eval_loss,
+        )
         step, folder = self.done, self.config.checkpoints_dir
         self.saver.save(
             state,

@@ -11,6 +11,7 @@ from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.model.folder import ModelFolder
 from utils.results import model_files, saving
+from utils.runs.base_model import BaseIdentity
 from utils.runs.description import describe_run
 
 
@@ -52,7 +53,7 @@ def test_a_model_is_saved_without_ever_being_whole_in_memory(tiny_model, tmp_pat
             yield name, tensor
 
     monkeypatch.setattr(saving, "SHARD_BYTES", largest)
-    description = describe_run(trainer.config, Tokenizer(tiny_model), PromptTemplate(), "")
+    description = describe_run(trainer.config, Tokenizer(tiny_model), PromptTemplate(), BaseIdentity(""))
     saving.save_result(trainer.config, trainer.model, tensors(), description, "")
     assert most <= 2 * largest < sum(parameter.nbytes for parameter in expected.values()) / 2
     saved = dict(ModelFolder(tmp_path).tensors())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers.run_states import run_state
 
 from configs.errors import UserError
 from utils.machine.world import World
@@ -22,7 +23,7 @@ def tensors(value: float, size: int = 1000) -> dict[str, dict[str, torch.Tensor]
 
 def write(folder: Path, *steps: int, keep: int = 2) -> None:
     for step in steps:
-        assert save_checkpoint(folder, {"step": step}, tensors(step), keep) == ""
+        assert save_checkpoint(folder, run_state(step), tensors(step), keep) == ""
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -77,7 +78,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        error = save_checkpoint(tmp_path, {"step": 15}, tensors(15), keep=2)
+        error = save_checkpoint(tmp_path, run_state(15), tensors(15), keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in error
@@ -104,12 +105,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(dcp, "save", slow_save)
     saver, state = Saver(tmp_path, WORLD, keep=2), tensors(1.0)
-    saver.save({"step": 1}, state, errors.append)
+    saver.save(run_state(1), state, errors.append)
     assert begun.wait(30)
     assert newest_whole(tmp_path)[0] is None  # `save` came back before anything was whole
     state["weights"]["a"].fill_(2.0)  # training moves the weights meanwhile
     state["weights"]["b"].fill_(2.0)
-    second = threading.Thread(target=saver.save, args=({"step": 2}, state, errors.append))
+    second = threading.Thread(target=saver.save, args=(run_state(2), state, errors.append))
     second.start()
     second.join(0.2)
     assert second.is_alive()  # one checkpoint at a time
@@ -122,14 +123,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 def test_a_checkpoint_too_large_for_a_copy_is_written_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.runs.checkpoint.COPIED_AT_MOST", 100)
     saver = Saver(tmp_path, WORLD, keep=2)
-    saver.save({"step": 1}, tensors(1.0), report=pytest.fail)
+    saver.save(run_state(1), tensors(1.0), report=pytest.fail)
     assert saver.thread is None and load(tmp_path, 1) == 1.0
 
 
 def test_what_went_wrong_in_the_background_is_told(tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the folder's place")
     saver, errors = Saver(tmp_path / "checkpoints", WORLD, keep=2), []
-    saver.save({"step": 1}, tensors(1.0), errors.append)
+    saver.save(run_state(1), tensors(1.0), errors.append)
     assert saver.wait() == errors[0] != ""
 
 

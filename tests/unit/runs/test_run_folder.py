@@ -1,8 +1,10 @@
 """Where a run begins, by what lies in its folder."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from helpers.run_states import run_state
 
 from configs.errors import UserError
 from configs.peft import LoraConfig
@@ -13,20 +15,20 @@ from utils.runs.description import DESCRIBED, write_training_config
 from utils.runs.start import find_start, repeated_steps, run_identity
 
 FINGERPRINTS = {"data": "d", "base_model": "b", "tokenizer": "t", "prompt_template": "p"}
+BASE = SimpleNamespace(digests={}, first_row_fingerprint=lambda: "the first rows")
 
 
 def leave_checkpoint(config: TrainingConfig, world_size: int, global_batch_size: int, step: int = 3, **more) -> None:
     """What a run that was stopped leaves, as far as finding a start needs it."""
     schedule = Schedule(100, global_batch_size, config.num_epochs, config.max_steps, config.seed)
-    state = {
-        "step": step,
-        "total_steps": schedule.total_steps,
-        "identity": run_identity(config, schedule, FINGERPRINTS),
-        "world_size": world_size,
-        "batch_size_training": config.batch_size_training,
-        "has_optimizer": True,
+    state = run_state(
+        step,
+        total_steps=schedule.total_steps,
+        identity=run_identity(config, schedule, FINGERPRINTS),
+        world_size=world_size,
+        batch_size_training=config.batch_size_training,
         **more,
-    }
+    )
     folder = config.checkpoints_dir / f"step-{step}"
     folder.mkdir(parents=True)
     write_mark(folder, state, {})
@@ -39,23 +41,23 @@ def settings(tmp_path, **more) -> TrainingConfig:
 def test_the_global_batch_stays_however_often_the_number_of_processes_changes(tmp_path):
     config = settings(tmp_path, batch_size_training=4)
     leave_checkpoint(config, world_size=1, global_batch_size=4)
-    assert find_start(config, 2, 100, FINGERPRINTS).schedule.global_batch_size == 4
+    assert find_start(config, 2, 100, FINGERPRINTS, BASE).schedule.global_batch_size == 4
     leave_checkpoint(config, world_size=2, global_batch_size=4, step=5)
-    start = find_start(config, 2, 100, FINGERPRINTS)
+    start = find_start(config, 2, 100, FINGERPRINTS, BASE)
     assert (start.schedule.global_batch_size, start.checkpoint.step, start.notes) == (4, 5, [])
-    assert find_start(config, 1, 100, FINGERPRINTS).schedule.global_batch_size == 4
+    assert find_start(config, 1, 100, FINGERPRINTS, BASE).schedule.global_batch_size == 4
 
 
 def test_a_batch_that_was_divided_among_processes_is_the_same_batch(tmp_path):
     leave_checkpoint(settings(tmp_path, batch_size_training=4), world_size=1, global_batch_size=4)
-    assert find_start(settings(tmp_path, batch_size_training=2), 2, 100, FINGERPRINTS).checkpoint.step == 3
+    assert find_start(settings(tmp_path, batch_size_training=2), 2, 100, FINGERPRINTS, BASE).checkpoint.step == 3
 
 
 def test_changes_are_named_and_can_be_accepted(tmp_path):
     leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4)
     with pytest.raises(UserError, match=r"lr: 0.0001 -> 0.5\n  weight_decay: 0.0 -> 0.1\n"):
-        find_start(settings(tmp_path, lr=0.5, weight_decay=0.1), 1, 100, FINGERPRINTS)
-    start = find_start(settings(tmp_path, lr=0.5, accept_changes=True), 1, 100, FINGERPRINTS)
+        find_start(settings(tmp_path, lr=0.5, weight_decay=0.1), 1, 100, FINGERPRINTS, BASE)
+    start = find_start(settings(tmp_path, lr=0.5, accept_changes=True), 1, 100, FINGERPRINTS, BASE)
     assert "0.0001 -> 0.5" in start.notes[0]
 
 
@@ -72,7 +74,7 @@ def test_what_is_trained_can_not_be_changed_on_the_way(tmp_path, changed, told):
     leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4)
     for accept in (False, True):
         with pytest.raises(UserError) as refused:
-            find_start(settings(tmp_path, accept_changes=accept, **changed), 1, 100, FINGERPRINTS)
+            find_start(settings(tmp_path, accept_changes=accept, **changed), 1, 100, FINGERPRINTS, BASE)
         assert told in str(refused.value)
         assert "--resume none" in str(refused.value)
         assert "--accept_changes" not in str(refused.value)
@@ -85,7 +87,7 @@ def test_beginning_anew_moves_the_old_run_and_nothing_else(tmp_path):
     for name in ("adapter_config.json", "metrics.jsonl", "my notes.txt"):
         (out / name).write_text(name)
     (out / "other-run").mkdir()
-    assert find_start(config, 1, 100, FINGERPRINTS).checkpoint is None
+    assert find_start(config, 1, 100, FINGERPRINTS, BASE).checkpoint is None
     (aside,) = out.glob("old-*")
     assert sorted(path.name for path in aside.iterdir()) == ["adapter_config.json", "metrics.jsonl"]
     assert (out / "my notes.txt").exists() and (out / "other-run").exists()
@@ -96,28 +98,28 @@ def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(tmp_path):
     for step in (3, 5, 7):
         leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4, step=step)
     checkpoints = tmp_path / "out" / "checkpoints"
-    start = find_start(settings(tmp_path, resume=str(checkpoints / "step-3")), 1, 100, FINGERPRINTS)
+    start = find_start(settings(tmp_path, resume=str(checkpoints / "step-3")), 1, 100, FINGERPRINTS, BASE)
     assert start.checkpoint.step == 3 and "step-5, step-7" in start.notes[0]
     assert sorted(path.name for path in checkpoints.glob("old-*/*")) == ["step-5", "step-7"]
-    assert find_start(settings(tmp_path), 1, 100, FINGERPRINTS).checkpoint.step == 3
+    assert find_start(settings(tmp_path), 1, 100, FINGERPRINTS, BASE).checkpoint.step == 3
 
 
 def test_the_base_models_folder_is_no_output_folder(tmp_path):
     config = settings(tmp_path, resume="none")
     config.model_name = config.output_dir
     with pytest.raises(UserError, match="base model's own folder"):
-        find_start(config, 1, 100, FINGERPRINTS)
+        find_start(config, 1, 100, FINGERPRINTS, BASE)
 
 
 def test_a_checkpoint_without_its_optimizer_is_refused_with_a_way_out(tmp_path):
     leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4, has_optimizer=False)
     with pytest.raises(UserError, match="--resume none"):
-        find_start(settings(tmp_path), 1, 100, FINGERPRINTS)
+        find_start(settings(tmp_path), 1, 100, FINGERPRINTS, BASE)
 
 
 def test_a_mistyped_resume_is_named(tmp_path):
     with pytest.raises(UserError, match="--resume auto2: expected auto, none"):
-        find_start(settings(tmp_path, resume="auto2"), 1, 100, FINGERPRINTS)
+        find_start(settings(tmp_path, resume="auto2"), 1, 100, FINGERPRINTS, BASE)
 
 
 def test_a_damaged_newest_checkpoint_is_set_aside_and_nothing_is_deleted(tmp_path):
@@ -127,7 +129,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_nothing_is_deleted(tmp_pat
     checkpoints = tmp_path / "out" / "checkpoints"
     mark = checkpoints / "step-5" / "complete.json"
     mark.write_text(damaged := mark.read_text()[:-9])
-    start = find_start(settings(tmp_path), 1, 100, FINGERPRINTS)
+    start = find_start(settings(tmp_path), 1, 100, FINGERPRINTS, BASE)
     assert start.checkpoint.step == 3
     assert "step-5 is not a whole checkpoint: complete.json" in start.notes[0]
     assert "set aside" in start.notes[1] and "step-5" in start.notes[1]
@@ -139,7 +141,7 @@ def test_a_checkpoint_of_another_base_model_or_other_data_is_refused_by_name(tmp
     chosen = tmp_path / "out" / "checkpoints" / "step-3"
     for name, other in (("base_model", "b2"), ("data", "d2")):
         with pytest.raises(UserError, match=f"{chosen} belongs to a run with other settings") as caught:
-            find_start(settings(tmp_path, resume=str(chosen)), 1, 100, FINGERPRINTS | {name: other})
+            find_start(settings(tmp_path, resume=str(chosen)), 1, 100, FINGERPRINTS | {name: other}, BASE)
         assert f"{name}: {FINGERPRINTS[name]} -> {other}" in str(caught.value)
         assert "--resume none" in str(caught.value)
 
