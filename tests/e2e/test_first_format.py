@@ -16,6 +16,7 @@ from utils.files import sha256
 
 FIXTURE = ROOT / "tests" / "fixtures" / "first_format"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))
+BY_EARLIER_VERSION = "was written by an earlier version"
 FLAGS = (
     "--use_peft --quantization --model_name base --alpaca_dataset.data_path data.json --output_dir interrupted "
     "--batch_size_training 8 --num_epochs 4 --lr 5e-3 --save_steps 4 --val_set_size 4"
@@ -36,6 +37,9 @@ def test_its_checkpoint_is_gone_on_from_to_the_very_same_result(folder):
     assert losses_of(folder / "interrupted") == losses_of(folder / "finished")
     assert held_out_losses_of(folder / "interrupted") == held_out_losses_of(folder / "finished")
     assert adapter_hash(folder / "interrupted") == EXPECTED["adapter_sha256"]
+    assert f"step-5 {BY_EARLIER_VERSION}" in done.stdout
+    described = json.loads((folder / "interrupted" / "training_config.json").read_text())
+    assert described["base_model_fingerprint"].startswith("rows64:") and len(described["base_model_sha256"]) == 21
 
 
 def test_its_adapter_answers_as_it_did(folder):
@@ -45,6 +49,7 @@ def test_its_adapter_answers_as_it_did(folder):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == EXPECTED["answer"] + "\n"
+    assert f"finished {BY_EARLIER_VERSION}" in done.stderr
 
 
 def test_its_adapter_merges_to_the_same_bytes(folder):
@@ -53,3 +58,4 @@ def test_its_adapter_merges_to_the_same_bytes(folder):
     done = run_script(script, *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert sha256(folder / "merged" / "model.safetensors") == EXPECTED["merged_sha256"]
+    assert f"finished {BY_EARLIER_VERSION}" in done.stderr

@@ -87,12 +87,9 @@ def differences(before: dict[str, str], now: dict[str, str]) -> str:
     if not before or not names:
         return ""
     named = ", ".join(name + _change(name, before.get(name), now.get(name)) for name in names[:NAMED_AT_MOST])
-    return _(
-        "{count} of {total} tensors differ: {names}.",
-        count=len(names),
-        total=len(every),
-        names=named + (" …" if len(names) > NAMED_AT_MOST else ""),
-    )
+    if len(names) > NAMED_AT_MOST:
+        named += _(" and {count} more", count=len(names) - NAMED_AT_MOST)
+    return _("{count} of {total} tensors differ: {names}.", count=len(names), total=len(every), names=named)
 
 
 def _change(name: str, before: str | None, now: str | None) -> str:

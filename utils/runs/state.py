@@ -43,12 +43,13 @@ class RunState:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "RunState":
+    def from_dict(cls, values: Any) -> "RunState":
         """Read what this version or an earlier one has written.
 
         Raises:
             ValueError: something is missing or of another type; the message is for people.
         """
+        _check("state", values, (dict,))
         values = dict(values)
         if "micro_batch" in values:  # a list, in earlier versions
             listed = values.pop("micro_batch")
