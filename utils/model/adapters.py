@@ -13,6 +13,7 @@ from configs.peft import ALL_LINEAR
 from configs.training import TrainingConfig
 from utils.model.attention import NO_PAST, NoPast, Prefix
 from utils.model.decoder import causal_lm
+from utils.model.families import FAMILIES
 
 
 def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
@@ -41,11 +42,12 @@ def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
             task_type="CAUSAL_LM",
         )
     elif config.method == "llama_adapter":
-        if model.config.model_type not in ("llama", "mistral"):
+        if not FAMILIES[model.config.model_type].has_llama_adapter:
             raise UserError(
                 _(
-                    "--peft_method llama_adapter: PEFT has it for llama and mistral models, not for {type}. "
+                    "--peft_method llama_adapter: PEFT has it for models of type {known}, not for {type}. "
                     "Use --peft_method lora.",
+                    known=", ".join(name for name, family in FAMILIES.items() if family.has_llama_adapter),
                     type=model.config.model_type,
                 )
             )

@@ -12,10 +12,8 @@ from configs.errors import UserError
 from configs.messages import _
 from utils.download.manifest import unfinished_files
 from utils.model.digests import fingerprint_of, sampled_digest, whole_digest
+from utils.model.families import FAMILIES
 from utils.model.tensor_files import is_whole, open_tensors, tensor_names
-
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose decoder is Llama's: embedding, layers of attention and gated MLP under RMSNorm, RoPE."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -69,13 +67,13 @@ class ModelFolder:
         if not isinstance(config, dict):
             raise UserError(_("{folder} is not a model folder: its config.json holds no settings.", folder=path))
         model_type = config.get("model_type")
-        if model_type not in SUPPORTED_MODEL_TYPES:
+        if model_type not in FAMILIES:
             raise UserError(
                 _(
                     "{folder} is a model of type {type}; this project trains {supported}.",
                     folder=path,
                     type=model_type,
-                    supported=", ".join(SUPPORTED_MODEL_TYPES),
+                    supported=", ".join(FAMILIES),
                 )
             )
         if "quantization_config" in config:

@@ -18,22 +18,21 @@ from utils.model import fused_arithmetic
 from utils.model.activations import Activations
 from utils.model.attention_kernels import varlen_kernel
 from utils.model.decoder import causal_lm
+from utils.model.families import FAMILIES
 from utils.model.fused_arithmetic import Group, LayerShape, LayerWeights, Linear, Row, Saved
 from utils.model.quantization import QuantizedLinear, as_stored
 from utils.rows.segments import Segments
 
 ALIGNED = 8
 """The matrix library's fast kernels want rows of a multiple of so many numbers."""
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose layers are: norm, q/k/v, perhaps norms of q's and k's heads, rotation, attention, o, residual, norm,
-gate/up, SiLU, down, residual."""
 
 
 def why_plain(config: TrainingConfig, model: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:
     """Why these layers can't stand in for those of a model with such a config.json; '' if they can."""
     if not varlen_kernel(device, dtype):
         return _("it needs bf16 or fp16 on an NVIDIA card, a P100 or newer")
-    if model["model_type"] not in MODEL_TYPES or model.get("hidden_act", "silu") not in ("silu", "swish"):
+    family = FAMILIES.get(model["model_type"])
+    if not (family and family.has_fast_layers) or model.get("hidden_act", "silu") not in ("silu", "swish"):
         return _("it does not know models of the type {type}", type=model["model_type"])
     if config.method != "lora":
         return _("it is for LoRA over frozen weights")

@@ -6,6 +6,7 @@ from typing import Any
 from configs.peft import ALL_LINEAR, LoraConfig
 from configs.quantization import Quantization
 from configs.training import TrainingConfig
+from utils.model.families import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Shape:
             head_dim * heads,
             head_dim * (config.get("num_key_value_heads") or heads),
             bool(config.get("tie_word_embeddings", False)),
-            config.get("model_type") == "qwen3",
+            FAMILIES[config.get("model_type", "llama")].head_norms,
         )
 
     def linears(self) -> dict[str, tuple[int, int]]:
