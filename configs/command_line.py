@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin,
 
 from configs.errors import UserError, run_main
 from configs.messages import _
+from configs.text import has_half_character
 
 Config = TypeVar("Config")
 
@@ -172,7 +173,7 @@ def usage(config_class: type) -> str:
 def _check_readable(texts: Iterable[str]) -> None:
     """Refuse text that can't be written: bytes of the command line that are no UTF-8 come as half characters."""
     for text in texts:
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if has_half_character(text):
             raise UserError(_("This is not UTF-8 text: {text}", text=ascii(text)))
 
 

@@ -88,6 +88,13 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     _end(0)
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The exception that an exception began with: the innermost of its causes."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
 def out_of_memory() -> str:
     """What to tell when a card's memory does not suffice."""
     return _(

@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.messages import _
+from configs.text import has_half_character
 from ft_datasets.records import DataFiles, Entry, name_entries, read_entries
 
 
@@ -58,7 +59,7 @@ def _complaint(entry: Any) -> str:
         if not entry[key].strip():
             return _('"{key}" is empty', key=key)
     for key in ("instruction", "input", "output"):
-        if any("\ud800" <= character <= "\udfff" for character in entry.get(key) or ""):
+        if has_half_character(entry.get(key) or ""):
             return _('"{key}" holds half a character (a lone surrogate)', key=key)
     return ""
 

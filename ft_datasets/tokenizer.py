@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from configs.errors import UserError
 from configs.messages import _
+from utils.files import read_json
 
 
 class _Backend(Protocol):
@@ -85,9 +86,9 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         sentencepiece_file, fast_file = folder / "tokenizer.model", folder / "tokenizer.json"
-        config = _read_json(folder / "tokenizer_config.json")
-        model_config = _read_json(folder / "config.json")
-        generation = _read_json(folder / "generation_config.json")
+        config = _settings(folder / "tokenizer_config.json")
+        model_config = _settings(folder / "config.json")
+        generation = _settings(folder / "generation_config.json")
         source = sentencepiece_file if sentencepiece_file.is_file() else fast_file
         if not source.is_file():
             raise UserError(
@@ -151,10 +152,5 @@ def _as_list(value: int | list[int] | None) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(_("{file} is not readable JSON ({error}).", file=path, error=error)) from error
+def _settings(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

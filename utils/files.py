@@ -1,12 +1,14 @@
-"""Files that are whole or not there: durable writes, hashes, JSON of others, the header of safetensors."""
+"""Files that are whole or not there: durable writes, hashes, JSON, the header of safetensors, room on a disk."""
 
 import hashlib
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
+from configs.errors import UserError
 from configs.messages import _
 
 
@@ -35,6 +37,43 @@ LONGEST_HEADER = 100_000_000
 """The safetensors format's own limit."""
 
 
+def free_space(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which need not be there yet."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of settings holds, which people or other programs have written.
+
+    NaN and Infinity are taken for numbers, as Python writes them.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        UserError: it can't be read, or holds no JSON object.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(_("{file} can't be read: {error}.", file=path, error=error.strerror)) from error
+    try:
+        values = json.loads(content.decode("utf-8"))
+        why = "" if isinstance(values, dict) else _("it holds no object with named values")
+    except UnicodeDecodeError as error:
+        why = _("line {line} is not UTF-8 text", line=content[: error.start].count(b"\n") + 1)
+    except json.JSONDecodeError as error:
+        why = _("line {line}, column {column}: {error}", line=error.lineno, column=error.colno, error=error.msg)
+    except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
+        why = _("it is nested too deep, or holds too long a number")
+    if why:
+        raise UserError(
+            _("{file} is not readable JSON ({why}). Correct it, or copy or download it again.", file=path, why=why)
+        )
+    return values
+
+
 def safetensors_problem(path: Path) -> str | None:
     """What is wrong with the header of a safetensors file; None where its tensors fill the file exactly."""
     size = path.stat().st_size
@@ -50,7 +89,7 @@ def safetensors_problem(path: Path) -> str | None:
             if start != position or end < start:
                 return _("its tensors overlap or leave gaps")
             position = end
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return _("its header is not readable")
     if 8 + header_length + position != size:
         return _("its tensors do not fill it")

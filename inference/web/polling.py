@@ -20,6 +20,7 @@ from configs.command_line import field_docs
 from configs.errors import UserError
 from configs.messages import _
 from configs.serving import Sampling
+from configs.text import has_half_character
 from ft_datasets.prompt import Turn
 from inference.engine import Engine, PromptTooLong
 from inference.web.stream_sessions import STOP, StreamSessions
@@ -32,7 +33,7 @@ def _not_blank(text: str) -> str:
 
 
 def _encodable(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if has_half_character(text):
         raise ValueError("holds half a character (a lone surrogate)")
     return text
 

@@ -1,7 +1,6 @@
 """The model's folder: its lock, its manifest, what is in it already, and whether there is room for the rest."""
 
 import contextlib
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from utils.download.listing import Listing, RemoteFile
 from utils.download.manifest import MANIFEST_NAME, STATE_FOLDER, Manifest, ManifestEntry
 from utils.download.part import bytes_missing, part_path
 from utils.download.proof import has_digest
+from utils.files import free_space
 
 READERS = 2
 SPARE_BYTES = 64 * 1024**2
@@ -75,8 +75,7 @@ def check_room(folder: Path, missing: Listing) -> None:
         UserError: the disk has less room than the files need.
     """
     needed = sum(bytes_missing(folder / STATE_FOLDER, file) for file in missing.files.values())
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if needed and needed + SPARE_BYTES > free:
         raise UserError(
             _(

@@ -17,7 +17,7 @@ import httpcore2
 import httpx2
 from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
 
-from configs.errors import UserError
+from configs.errors import UserError, root_cause
 from configs.messages import _
 from utils.download.errors import SourceError, TransientError
 
@@ -96,7 +96,7 @@ def sorted_errors(url: str, timeout: float) -> Iterator[None]:
     except httpx2.ProxyError as error:
         raise TransientError(_("the proxy fails: {error}", error=error)) from error
     except httpx2.ConnectError as error:
-        cause = _root_cause(error)
+        cause = root_cause(error)
         if isinstance(cause, ssl.SSLCertVerificationError):
             raise SourceError(
                 _(
@@ -220,9 +220,3 @@ def _retry_after(response: httpx2.Response) -> float | None:
         return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
     except (TypeError, ValueError):
         return None
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return error

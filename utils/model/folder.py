@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.messages import _
 from utils.download.manifest import unfinished_files
+from utils.files import read_json
 from utils.model.digests import fingerprint_of, sampled_digest, whole_digest
 from utils.model.families import FAMILIES
 from utils.model.tensor_files import is_whole, open_tensors, tensor_names
@@ -60,12 +60,7 @@ class ModelFolder:
                     )
                 )
             raise UserError(_("{folder} is not a model folder: it has no config.json.", folder=path))
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(_("{file} is not readable JSON ({error}).", file=config_file, error=error)) from error
-        if not isinstance(config, dict):
-            raise UserError(_("{folder} is not a model folder: its config.json holds no settings.", folder=path))
+        config = read_json(config_file)
         model_type = config.get("model_type")
         if model_type not in FAMILIES:
             raise UserError(
@@ -95,9 +90,9 @@ class ModelFolder:
             index, single = self.path / index_name, self.path / single_name
             if index.is_file():
                 try:
-                    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                    weight_map = read_json(index)["weight_map"]
                     missing = sorted({name for name in weight_map.values() if not (self.path / name).is_file()})
-                except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                except (UserError, KeyError, TypeError, AttributeError) as error:
                     raise self._half_there([index_name]) from error
                 if missing:
                     raise self._half_there(missing)

@@ -1,11 +1,12 @@
 """Weight files, safetensors or pickled, behind one interface."""
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+
+from utils.files import safetensors_problem
 
 
 class _PickledTensors:
@@ -43,21 +44,5 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a weight file was not cut short.
-
-    A safetensors file (8 bytes, header, data) is as long as its own header says; a .bin file is a zip archive, whose
-    directory stands at its end.
-    """
-    if file.suffix != ".safetensors":
-        return zipfile.is_zipfile(file)
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        header_size = int.from_bytes(handle.read(8), "little")
-        if header_size + 8 > size:
-            return False
-        try:
-            header = json.loads(handle.read(header_size))
-        except ValueError:
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == 8 + header_size + max(ends, default=0)
+    """Whether a weight file was not cut short; a .bin file is a zip archive, whose directory stands at its end."""
+    return safetensors_problem(file) is None if file.suffix == ".safetensors" else zipfile.is_zipfile(file)

@@ -2,7 +2,6 @@
 
 import math
 import shlex
-import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from configs.command_line import flags_of
 from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.loading import Data
+from utils.files import free_space
 from utils.machine.memory import free_main_memory
 from utils.machine.world import World
 from utils.model.folder import ModelFolder
@@ -158,7 +158,7 @@ def _print_run(run: Prospect, data: Data) -> None:
     saving, main_memory = _to_save(layout, stored), free_main_memory()
     print(_("  main memory  {size} to save, of {free} free", size=_gb(saving), free=_gb(main_memory)))
     needed = layout.trained.parameters * (stored * (config.keep_checkpoints + 1) + layout.each.weight)
-    free = shutil.disk_usage(_existing(Path(config.output_dir))).free
+    free = free_space(Path(config.output_dir))
     print(_("  disk         {needed} of {free} free", needed=_gb(needed), free=_gb(free)))
     seconds = run.seconds(data, step_plan, _matmul_flops(world.device, setup.precision.compute))
     print(_("  time         about {time}", time=duration(seconds)))
@@ -192,11 +192,6 @@ def _memory_available(limit_gb: float, device: torch.device, cards: int) -> floa
     if device.type == "cuda":
         return min(limit, *(torch.cuda.mem_get_info(index)[0] for index in range(cards)))
     return min(limit, free_main_memory())
-
-
-def _existing(path: Path) -> Path:
-    path = path.resolve()
-    return path if path.exists() else _existing(path.parent)
 
 
 def _matmul_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,6 +1,5 @@
 """An adapter's folder: is it whole, does it belong to this base model, and how it is put over it again."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from configs.errors import UserError
 from configs.messages import _
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
+from utils.files import read_json
 from utils.model.folder import ADAPTER_CONFIG, ModelFolder
 from utils.model.tensor_files import is_whole
 from utils.runs.base_model import BaseIdentity, compared_by_first_rows, differences
@@ -47,9 +47,9 @@ def load_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Modul
 def check_adapter_folder(folder: Path) -> None:
     """Refuse a folder that holds no adapter, or half of one, saying what it holds instead."""
     if (folder / ADAPTER_CONFIG).is_file():
-        broken = [ADAPTER_CONFIG] if not _is_json_object(folder / ADAPTER_CONFIG) else []
+        read_json(folder / ADAPTER_CONFIG)
         files = (folder / "adapter_model.safetensors", folder / "adapter_model.bin")
-        broken += [file.name for file in files if file.is_file() and not is_whole(file)]
+        broken = [file.name for file in files if file.is_file() and not is_whole(file)]
         if broken:
             raise UserError(
                 _(
@@ -75,13 +75,6 @@ def check_adapter_folder(folder: Path) -> None:
             file=ADAPTER_CONFIG,
         )
     )
-
-
-def _is_json_object(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-    except ValueError:
-        return False
 
 
 def template_of(adapter_folder: Path, base: ModelFolder, tokenizer: Tokenizer) -> PromptTemplate:

@@ -1,6 +1,5 @@
 """A LoRA adapter merged into its base model, tensor by tensor."""
 
-import json
 import math
 import re
 import shutil
@@ -17,6 +16,7 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.quantization import Quantization
 from ft_datasets.prompt import PromptTemplate
+from utils.files import free_space, read_json
 from utils.model.digests import whole_digest
 from utils.model.folder import ADAPTER_CONFIG, ModelFolder
 from utils.model.quantization import rounded_weight
@@ -42,7 +42,7 @@ class LoraDelta:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        self.config = read_json(folder / ADAPTER_CONFIG)
         kind = self.config.get("peft_type")
         if kind != "LORA":
             raise UserError(
@@ -167,7 +167,7 @@ def merge(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        free = shutil.disk_usage(staging).free
+        free = free_space(staging)
         if free < base.parameter_bytes:
             raise UserError(
                 _(

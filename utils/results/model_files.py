@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.files import write_json
+from utils.files import read_json, write_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -20,7 +20,7 @@ SHARD_BYTES = 4e9
 
 def stored_dtype(folder: Path) -> str:
     """The dtype of a base model's files, which a fully trained model is stored in as well."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     return config.get("dtype") or config.get("torch_dtype") or "float32"
 
 
@@ -83,7 +83,7 @@ def copy_tokenizer(base: Path, folder: Path, template: PromptTemplate) -> None:
         for file in base.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     settings_file = folder / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    settings = read_json(settings_file) if settings_file.is_file() else {}
     if (folder / "tokenizer.model").is_file():
         settings.setdefault("tokenizer_class", "LlamaTokenizer")
         settings.setdefault("add_bos_token", bool(tokenizer.bos_ids))
@@ -95,6 +95,6 @@ def copy_tokenizer(base: Path, folder: Path, template: PromptTemplate) -> None:
     write_json(settings_file, settings)
     generation = {"bos_token_id": (tokenizer.bos_ids or [None])[0], "eos_token_id": sorted(tokenizer.stop_ids)}
     if (base / "generation_config.json").is_file():
-        original = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
+        original = read_json(base / "generation_config.json")
         generation = {**original, "eos_token_id": generation["eos_token_id"]}
     write_json(folder / "generation_config.json", generation)

@@ -21,9 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from configs.errors import UserError
+from configs.errors import UserError, root_cause
 from configs.messages import _
-from utils.files import flush, sha256
+from utils.files import flush, free_space, read_json, sha256
 from utils.machine.memory import pinned_for, wait_for
 from utils.machine.world import World, gathered_from_all
 from utils.runs.state import RunState
@@ -78,7 +78,7 @@ class Saver:
         # What this run has there will be replaced; what was set aside stays.
         folders = [*numbered(self.folder), *self.folder.glob("step-*" + UNFINISHED)]
         reusable = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
-        free = shutil.disk_usage(self.folder).free + reusable
+        free = free_space(self.folder) + reusable
         if needed > free:
             raise UserError(
                 _(
@@ -202,11 +202,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     mark = path / COMPLETE
     try:
-        complete = json.loads(mark.read_text(encoding="utf-8"))
+        complete = read_json(mark)
         hashes, values = complete["sha256"], complete["state"]
         if complete["sha256_of_this"] != _sha256_of(values, hashes):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, UserError, ValueError, KeyError):
         raise UserError(
             _("{path} is not a whole checkpoint: {file} is missing or broken.", path=path, file=COMPLETE)
         ) from None
@@ -243,7 +243,7 @@ def load_tensors(checkpoint: Checkpoint, tensors: dict[str, dict[str, Any]], wor
             _(
                 "The checkpoint {path} belongs to another model or adapter: {error}",
                 path=checkpoint.path,
-                error=_root_cause(failure),
+                error=_reason(failure),
             )
         ) from failure
 
@@ -264,7 +264,7 @@ def _failure_of(action: Callable[[], None]) -> str:
     try:
         action()
     except (Exception, CheckpointException) as failure:  # dcp's own is no Exception
-        return _root_cause(failure)
+        return _reason(failure)
     return ""
 
 
@@ -300,12 +300,11 @@ def _sha256_of(state: dict[str, Any], hashes: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps([state, hashes], sort_keys=True).encode()).hexdigest()
 
 
-def _root_cause(failure: BaseException) -> str:
-    """The innermost message of an exception, in one line."""
+def _reason(failure: BaseException) -> str:
+    """What an exception began with, in one line."""
     nested = getattr(failure, "failures", None)  # dcp's CheckpointException: rank -> (exception, traceback)
     if nested:
         failure = next(iter(nested.values()))[0]
     # torch.save tells of a wrong position in a file that could not be written; the reason stands behind it.
-    while cause := failure.__cause__ or failure.__context__:
-        failure = cause
+    failure = root_cause(failure)
     return str(failure).strip().split("\n")[0] or type(failure).__name__

@@ -1,6 +1,5 @@
 """training_config.json: what made an adapter or a model, and all that its user must do alike."""
 
-import json
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +10,7 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.files import write_json
+from utils.files import read_json, write_json
 from utils.runs.base_model import BaseIdentity
 from utils.runs.checkpoint import Checkpoint
 
@@ -29,14 +28,13 @@ def read_training_config(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / TRAINING_CONFIG
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        if lacking := [key for key in DESCRIBED if key not in described]:
-            raise ValueError(_("it lacks {keys}", keys=", ".join(lacking)))
-        return described
+        described = read_json(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(_("{file} can't be read ({error}).", file=path, error=error)) from error
+    if lacking := [key for key in DESCRIBED if key not in described]:
+        error = _("it lacks {keys}", keys=", ".join(lacking))
+        raise UserError(_("{file} can't be read ({error}).", file=path, error=error))
+    return described
 
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "sentencepiece", "tokenizers", "safetensors")
