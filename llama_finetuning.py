@@ -17,7 +17,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends it quietly; run_main then takes over
 
-import contextlib
 import os
 import sys
 from functools import partial
@@ -78,8 +77,8 @@ def main(**settings: Any) -> Path:
             raise UserError(
                 _("--enable_fsdp needs processes to share among: torchrun --nproc_per_node 2 llama_finetuning.py …")
             )
-        with contextlib.ExitStack() as held, joined_world(config.one_gpu) as world:
-            fine_tune(config, world, folder, tokenizer, template, held)
+        with joined_world(config.one_gpu) as world:
+            fine_tune(config, world, folder, tokenizer, template)
     return Path(config.output_dir)
 
 

@@ -1,7 +1,7 @@
 """The data files as the examples of a run."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,15 +37,16 @@ class Data:
         """Tokens of the longest example."""
         return max(map(len, [*self.training, *self.held_out]))
 
-    def fingerprint(self) -> str:
-        """The hash of the training examples' tokens and labels, in order."""
-        digest = hashlib.sha256()
-        for example in self.training:
-            bounds = [position for span in example.learnt for position in span]
-            if bounds[-1] == len(example):
-                bounds.pop()  # checkpoints have always named a single answer, which ends there, by its start alone
-            digest.update(example.input_ids.tobytes() + np.array(bounds, dtype="<u4").tobytes())
-        return digest.hexdigest()
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """The hash of the examples' tokens and labels, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        bounds = [position for span in example.learnt for position in span]
+        if bounds[-1] == len(example):
+            bounds.pop()  # checkpoints have always named a single answer, which ends there, by its start alone
+        digest.update(example.input_ids.tobytes() + np.array(bounds, dtype="<u4").tobytes())
+    return digest.hexdigest()
 
 
 def load_data(

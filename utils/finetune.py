@@ -1,12 +1,12 @@
-"""One fine-tuning run: read the data, load the base model, put the adapter over it, train, save."""
+"""One fine-tuning run, stage after stage: begin reading at `fine_tune`."""
 
 import contextlib
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from configs.messages import _
 from configs.training import TrainingConfig
-from ft_datasets.loading import load_data
+from ft_datasets.loading import Data, fingerprint, load_data
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.download.dataset import fetch_data
@@ -25,7 +25,7 @@ from utils.runs.base_model import BaseIdentity
 from utils.runs.description import describe_run, write_training_config
 from utils.runs.folder import hold_folder
 from utils.runs.metrics import Metrics
-from utils.runs.start import find_start, repeated_steps
+from utils.runs.start import Start, find_start, repeated_steps
 from utils.training.fitting import Fitted, fit
 from utils.training.optimizer import make_optimizer
 from utils.training.setup import Setup
@@ -38,57 +38,91 @@ MAY_DIFFER = ("model_name", "data_path", "num_workers_dataloader", "gpu_memory_g
 
 
 def fine_tune(
-    config: TrainingConfig,
-    world: World,
-    folder: ModelFolder,
-    tokenizer: Tokenizer,
-    template: PromptTemplate,
-    held: contextlib.ExitStack,
+    config: TrainingConfig, world: World, folder: ModelFolder, tokenizer: Tokenizer, template: PromptTemplate
 ) -> None:
-    """Read the data, load the base model, put the adapter over it, train, save. Every process runs this.
+    """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
+    say = report.speaker(world)
+    check_processes_agree(config, world)
+    with contextlib.ExitStack() as held:
+        decide_on_main(world, lambda: held.enter_context(hold_folder(Path(config.output_dir))))
+        for folder_of_all in (Path(config.output_dir), config.checkpoints_dir):
+            check_shared(world, folder_of_all)
+        if was_restarted(world):
+            config.resume = "auto"  # --resume was about the first start
+        data = read_data(config, world, tokenizer, template, say)
+        folder.check_length(data.longest)
+        start = find_where_to_start(config, world, folder, tokenizer, template, data)
+        report.start_notes(start, Path(config.output_dir), say)
+        if start.is_finished:
+            return
+        setup = set_up(config, world, folder, data, start, say)
+        # Beside loading and the search it takes no time: what one has read, the other finds in memory.
+        sha256 = in_background(folder.sha256 if world.is_main else dict)
+        trainer = load_trainer(config, setup, folder, data, start, say)
+        base = BaseIdentity(folder.fingerprint(), folder.digests, sha256.result())
+        train(trainer, describe_run(config, tokenizer, template, base, data.origin), say)
 
-    Args:
-        held: keeps the output folder for this run, until the caller closes it.
+
+def check_processes_agree(config: TrainingConfig, world: World) -> None:
+    """Refuse a run whose processes were given different settings.
+
+    Raises:
+        UserError: on every process.
     """
     settings = {name: value for name, value in config.flat().items() if name.rpartition(".")[2] not in MAY_DIFFER}
     if config.enable_fsdp:  # the default depends on the machine
         settings["fsdp_config.sharding_group_size"] = sharding_group_size(config.fsdp_config, world.size)
     check_ranks_agree(settings)
-    say = report.speaker(world)
-    output = Path(config.output_dir)
-    decide_on_main(world, lambda: held.enter_context(hold_folder(output)))
-    for folder_of_all in (output, config.checkpoints_dir):
-        check_shared(world, folder_of_all)
-    if was_restarted(world):
-        config.resume = "auto"  # --resume was about the first start
+
+
+def read_data(
+    config: TrainingConfig, world: World, tokenizer: Tokenizer, template: PromptTemplate, say: report.Say
+) -> Data:
+    """The run's data, from a file or a hub, as examples."""
     files = decide_on_main(world, lambda: fetch_data(config.data.data_path, say))
     say(_("Reading {file} …", file=files or config.data.data_path))
-    data = load_data(config, tokenizer, template, say, files)
-    folder.check_length(data.longest)
+    return load_data(config, tokenizer, template, say, files)
+
+
+def find_where_to_start(
+    config: TrainingConfig,
+    world: World,
+    folder: ModelFolder,
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
+    data: Data,
+) -> Start:
+    """The run's beginning, or where it goes on; every process has the same data and the same base model."""
     fingerprints = {
-        "data": data.fingerprint(),
+        "data": fingerprint(data.training),
         "base_model": folder.fingerprint(),
         "tokenizer": tokenizer.fingerprint,
         "prompt_template": repr(template),
     }
-    check_ranks_agree({**fingerprints, "held_out": replace(data, training=data.held_out).fingerprint()})
-    start = decide_on_main(world, lambda: find_start(config, world.size, len(data.training), fingerprints, folder))
-    report.start_notes(start, output, say)
-    if start.is_finished:
-        return
+    check_ranks_agree({**fingerprints, "held_out": fingerprint(data.held_out)})
+    return decide_on_main(world, lambda: find_start(config, world.size, len(data.training), fingerprints, folder))
 
+
+def set_up(
+    config: TrainingConfig, world: World, folder: ModelFolder, data: Data, start: Start, say: report.Say
+) -> Setup:
+    """The run's decisions, made before anything is loaded; the cards' limit is set."""
     shape, done = Shape.of(folder.config), start.checkpoint.step if start.checkpoint else 0
     setup = Setup.of(config, folder.config, world, data, start.schedule, done)
     check_ranks_agree({"compute dtype": str(setup.precision.compute), "fast layers": not setup.why_plain})
     check_memory(config, setup, shape)
     limit_memory(world, config.gpu_memory_gb)
     report.note_on_cards(config, setup, shape, say)
-    # Beside loading and the search for the micro-batch it costs no time: what one has read, the other finds in memory.
-    sha256 = in_background(folder.sha256 if world.is_main else dict)
+    return setup
+
+
+def load_trainer(
+    config: TrainingConfig, setup: Setup, folder: ModelFolder, data: Data, start: Start, say: report.Say
+) -> Trainer:
+    """The model with what is trained of it, its step plan found, and the state of the run that it goes on from."""
     say(_("Loading {folder} …", folder=folder.path))
     loss_module = load_trainable(config, setup, folder)
-
-    if world.device.type == "cuda":
+    if setup.world.device.type == "cuda":
         say(_("Finding the fastest micro-batch that fits (with compilation up to a minute) …"))
     optimizer = make_optimizer(trainable_parameters(loss_module.model).values(), config)
     earlier = Fitted.of_checkpoint(start.checkpoint) if start.checkpoint else None
@@ -96,23 +130,35 @@ def fine_tune(
     trainer = Trainer(config, setup, loss_module, optimizer, data, start, fitted)
     if start.checkpoint:
         trainer.resume(start.checkpoint)
-    decide_on_main(world, trainer.check_disk_space)
+    decide_on_main(setup.world, trainer.check_disk_space)
+    return trainer
+
+
+def train(trainer: Trainer, description: dict[str, Any], say: report.Say) -> None:
+    """Train to the end, and hand the result over.
+
+    Args:
+        description: what training_config.json is to hold.
+    """
+    output, world = Path(trainer.config.output_dir), trainer.world
     for line in report.before_first_step(trainer):
         say(line)
-    base = BaseIdentity(folder.fingerprint(), folder.digests, sha256.result())
-    description = describe_run(config, tokenizer, template, base)
-    if data.origin:
-        description["data"] = data.origin
     if world.is_main:
         description["repeated_steps"] = repeated_steps(output, trainer.done)
         write_training_config(output, description)
     forget_peak(world)
     with contextlib.closing(Metrics(output, world.is_main, trainer.done)) as metrics:
         trainer.run(metrics)
+    hand_over(trainer, {**description, "trained_steps": trainer.done})
+    for line in report.after_last_step(trainer, output):
+        say(line)
 
-    description["trained_steps"] = trainer.done
+
+def hand_over(trainer: Trainer, description: dict[str, Any]) -> None:
+    """Write the adapter or the model into the output folder, with the picture of its losses."""
+    config, output = trainer.config, Path(trainer.config.output_dir)
     tensors = whole_tensors(dict(trainer.model.named_parameters()) if config.method == "full" else trainer.parameters)
-    if world.is_main:
+    if trainer.world.is_main:
         if config.save_model:
             save_result(config, trainer.model, tensors, description, report.card_of_run(trainer, output))
         else:
@@ -121,5 +167,3 @@ def fine_tune(
     elif config.save_model and config.enable_fsdp:
         for _name, _tensor in tensors:  # each process has a part in every one
             pass
-    for line in report.after_last_step(trainer, output):
-        say(line)

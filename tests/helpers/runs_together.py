@@ -98,8 +98,7 @@ def _take_part(rank: int, case: Case, model: Path, data: Path, folder: Path) -> 
         if case.instead:
             case.instead(config, world, base)
         else:
-            with contextlib.ExitStack() as held:
-                fine_tune(config, world, base, Tokenizer(base.path), PromptTemplate(), held)
+            fine_tune(config, world, base, Tokenizer(base.path), PromptTemplate())
     except UserError as refused:
         error = str(refused)
     except Exception:

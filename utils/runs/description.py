@@ -41,9 +41,17 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "sentencepiece", "t
 
 
 def describe_run(
-    config: TrainingConfig, tokenizer: Tokenizer, template: PromptTemplate, base: BaseIdentity
+    config: TrainingConfig,
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
+    base: BaseIdentity,
+    origin: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What training_config.json holds: every resolved setting and all that the adapter's user must do alike."""
+    """What training_config.json holds: every resolved setting and all that the adapter's user must do alike.
+
+    Args:
+        origin: where data from a hub comes from, see DataFiles.
+    """
     versions = {}
     for package in PACKAGES:
         try:
@@ -58,6 +66,7 @@ def describe_run(
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "versions": versions,
         **base.to_dict(),
+        **({"data": origin} if origin else {}),
     }
 
 
