@@ -39,11 +39,11 @@ def quiet_libraries() -> Iterator[None]:
     from huggingface_hub import constants  # the library reads the environment but once
 
     offline = constants.HF_HUB_OFFLINE
-    environment = {name: os.environ.get(name) for name in DEFAULTS | SETTINGS}
+    environment = dict(os.environ)
     loggers = [logging.getLogger(name) for name in (None, *LOGGERS, *logging.root.manager.loggerDict)]
     levels = [logger.level for logger in loggers]
     cudnn = sys.modules["torch"].backends.cuda.cudnn_sdp_enabled() if "torch" in sys.modules else True
-    os.environ |= DEFAULTS | dict(os.environ) | SETTINGS
+    os.environ |= DEFAULTS | environment | SETTINGS
     constants.HF_HUB_OFFLINE = True
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -53,11 +53,9 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         constants.HF_HUB_OFFLINE = offline
-        for name, value in environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in os.environ.keys() - environment.keys():  # torch's compiler sets some of its own too
+            del os.environ[name]
+        os.environ |= environment
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if "torch" in sys.modules:  # utils/model/attention.py turns this kernel off

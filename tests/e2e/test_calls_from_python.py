@@ -279,12 +279,12 @@ def test_a_process_without_standard_input_has_no_questions(tiny_model, monkeypat
 
 
 def test_serving_from_within_a_notebooks_event_loop_until_the_stop_button(tiny_model):
-    port, answers = free_port(), []
+    port, answers, deadline = free_port(), [], time.monotonic() + 60
 
     def poll_then_stop() -> None:
         body = json.dumps({"prompt": "你好", "history": [], "temperature": 0, "max_new_tokens": 4}).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{port}/stream", body, {"Content-Type": "application/json"})
-        while not (answers and answers[-1].endswith("[stop]")):
+        while not (answers and answers[-1].endswith("[stop]")) and time.monotonic() < deadline:
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
                     answers.append(json.load(answer)["response"])
@@ -359,3 +359,68 @@ def test_importing_asking_for_help_and_a_wrong_flag_import_nothing_heavy():
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {script: [[], False, [0, 2]] for script in COMMANDS}
+
+
+FRESH = """
+import gc, json, logging, os, signal, sys, warnings
+import huggingface_hub.constants as hub
+import llama_finetuning, generate
+from configs.errors import UserError
+
+class Cell:  # a notebook's output: there is no file behind it
+    def write(self, text):
+        return len(text)
+    def flush(self):
+        pass
+    def fileno(self):
+        raise OSError("no file")
+
+def state():
+    names = [None, "torch", "torch.distributed", "transformers", "peft", "matplotlib", "accelerate", "bitsandbytes"]
+    return {
+        "environment": dict(os.environ), "path": list(sys.path), "folder": os.getcwd(),
+        "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)],
+        "filters": [str(entry) for entry in warnings.filters],
+        "levels": [logging.getLogger(name).level for name in names], "offline": hub.HF_HUB_OFFLINE,
+        "frozen": gc.get_freeze_count(),
+    }
+
+settings = json.loads(sys.argv[1])
+sys.stdin, standard, sys.stdout = Cell(), sys.stdout, Cell()
+states = [state()]
+assert "torch" not in sys.modules
+llama_finetuning.main(**settings)
+states.append(state())
+import torch, transformers
+gc.collect()
+models = [type(kept).__module__ for kept in gc.get_objects() if isinstance(kept, torch.nn.Module)]
+switches = [torch.backends.cuda.cudnn_sdp_enabled(), torch.distributed.is_initialized()]
+try:
+    generate.main(prompt="a", base_model=settings["model_name"], lora_weights="nowhere")
+except UserError:
+    states.append(state())
+answer = generate.main(prompt="a", base_model=settings["model_name"], lora_weights="", temperature=0, max_new_tokens=5)
+states.append(state())
+print(json.dumps([states, models, switches, answer]), file=standard)
+"""
+
+
+def test_the_first_call_which_imports_the_libraries_leaves_the_process_as_it_was(tiny_model, data_file, tmp_path):
+    settings = training(str(tiny_model), str(data_file), str(tmp_path / "model"), max_steps=3, quantization=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, json.dumps(settings)],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    states, models, switches, answer = json.loads(done.stdout)
+    assert len(states) == 4
+    for state in states[1:]:
+        for name, value in states[0].items():
+            assert state[name] == value, name
+    assert set(models) <= {"transformers.activations"}, "the trained model must not stay in memory"
+    assert switches == [True, False]
+    assert answer

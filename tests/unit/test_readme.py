@@ -1,12 +1,14 @@
 """The two READMEs say the same, and what they and the quickstart tell people to type can be typed."""
 
+import importlib
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from helpers.environment import ROOT
 
-from configs.command_line import parse, usage
+from configs.command_line import configure, parse, usage
 from configs.download import DownloadConfig
 from configs.results import ConverterConfig, MergeConfig
 from configs.serving import ApiConfig, ChatConfig
@@ -15,12 +17,13 @@ from scripts import quickstart
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 BOTH = pytest.mark.parametrize("readme", [ENGLISH, CHINESE])
+MERGE = "inference/hf-text-generation-inference/merge_lora_weights.py"
 COMMANDS = {
     "model_download.py": DownloadConfig,
     "llama_finetuning.py": TrainingConfig,
     "generate.py": ChatConfig,
     "api_stream.py": ApiConfig,
-    "inference/hf-text-generation-inference/merge_lora_weights.py": MergeConfig,
+    MERGE: MergeConfig,
     "inference/checkpoint_converter_fsdp_hf.py": ConverterConfig,
 }
 OUR_FLAGS = {name for config in COMMANDS.values() for name in re.findall(r"^  --(\S+)", usage(config), re.MULTILINE)}
@@ -87,6 +90,28 @@ def test_flags_exist(file):
     flags = set(re.findall(r"(?<![\w-])--([a-z][\w.]*[a-z0-9])", text))
     assert len(flags) > 8
     assert not flags - OUR_FLAGS - TORCHRUN_FLAGS - {"help"}
+
+
+def test_calls_from_python_are_understood(monkeypatch):
+    """The README's own code, with functions in the commands' place that read the settings and return a folder."""
+    called = []
+
+    def standing_in(script):
+        def main(**settings):
+            called.append((script, configure(COMMANDS[script], settings)))
+            return Path("folder")
+
+        return main
+
+    for script in COMMANDS:
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        monkeypatch.setattr(module, "main", standing_in(script))
+    (code,) = [body for language, body in CODE_BLOCK.findall(text_of(ENGLISH)) if language == "python"]
+    exec(code, {})
+    settings = dict(called)
+    assert list(settings) == ["model_download.py", "llama_finetuning.py", "generate.py", MERGE]
+    assert settings["llama_finetuning.py"].lora_config.r == 16
+    assert settings["generate.py"].lora_weights == settings[MERGE].peft_model == "folder"
 
 
 @BOTH

@@ -1,6 +1,7 @@
 """Several machines: what multi_node.slurm starts, and what is refused before workers wait for one another for ever."""
 
 import subprocess
+import threading
 
 import pytest
 from helpers.environment import ENVIRONMENT, ROOT
@@ -9,7 +10,7 @@ from torch.distributed.run import get_args_parser
 from configs.command_line import parse
 from configs.errors import UserError
 from configs.training import TrainingConfig
-from utils.machine.launch import start_world
+from utils.machine.launch import joined_world, start_world
 
 
 def executable(path, text: str) -> None:
@@ -58,3 +59,16 @@ def test_restarts_over_nodes_need_a_store_of_their_own(monkeypatch):
         with monkeypatch.context() as changed:
             changed.setenv(name, harmless)
             assert start_world(one_gpu=False).size == 1
+
+
+def test_the_watch_over_torchrun_ends_with_the_run(monkeypatch):
+    def watching() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "end-with-torchrun"]
+
+    with joined_world(one_gpu=False):
+        assert watching() == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with joined_world(one_gpu=False):
+        (watch,) = watching()
+    watch.join(10)
+    assert not watch.is_alive()
