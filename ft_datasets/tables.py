@@ -42,6 +42,8 @@ def read_table(path: Path, kind: str) -> Iterator[dict[str, Any]]:
             raise not_utf8(path, _first_line_not_utf8(path)) from error
         except (ValueError, OSError, NotImplementedError, RuntimeError, csv.Error, Warning) as error:
             reason = " ".join(str(error).replace(str(link), str(path)).split())
+            if isinstance(error, Warning):
+                reason = _("its first row has more cells than its header. A cell with a comma in it needs quotes.")
             raise UserError(
                 _("{file} can't be read as {kind}: {error}", file=path, kind=kind.upper(), error=reason)
             ) from error
@@ -68,7 +70,7 @@ def _as_text(path: Path) -> dict[str, Any]:
     # A column without a name is the row number that pandas writes.
     features = Features({name: Value("string") for name in header if name})
     # index_col: else a first row with a cell too many would shift all cells by one.
-    return {"features": features, "keep_default_na": False, "na_filter": False, "index_col": False}
+    return {"features": features, "na_filter": False, "index_col": False}
 
 
 def _first_line_not_utf8(path: Path) -> int:
@@ -83,17 +85,14 @@ def _first_line_not_utf8(path: Path) -> int:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Let the datasets library show no bars and write no log; a row that is too long is an error, not a warning."""
-    import datasets
+    """Let the datasets library log nothing (reading so, it shows no bars), and a row that is too long be an error."""
+    from datasets.utils.logging import get_verbosity, set_verbosity
 
-    had_bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.utils.logging.get_verbosity()
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    before = get_verbosity()
+    set_verbosity(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Length of header")
             yield
     finally:
-        datasets.utils.logging.set_verbosity(verbosity)
-        if had_bars:
-            datasets.enable_progress_bars()
+        set_verbosity(before)

@@ -271,10 +271,12 @@ def test_a_repository_with_a_program_alone_is_refused_and_nothing_of_it_fetched(
 
 
 def test_the_commit_stays_when_the_branch_moves(hub, data_set):
-    address = data_set({"train.jsonl": lines(ROWS)}, moves_after=2)  # the list and the file
+    files = {"train.jsonl": lines(ROWS), "test.jsonl": lines(ROWS)}
+    address = data_set(files, moves_after=2)  # the list and the file
     files = fetched()
     before = hub.report(address)["commit"]
     assert fetched() == files
+    assert "no such revision" in refused("hub:owner/set:test")  # of the commit that is here; this hub keeps no old ones
     assert files.origin["revision"] == before
     moved = fetched("hub:owner/set@main").origin["revision"]
     assert moved != before
