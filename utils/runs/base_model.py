@@ -102,7 +102,7 @@ def _change(name: str, before: str | None, now: str | None) -> str:
     if old == new:
         return ""
     if name.endswith(TOKEN_ROWS):
-        (rows, width), (new_rows, new_width) = (each[-1].split("x") for each in (old, new))
+        (rows, _x, width), (new_rows, _x, new_width) = (each[-1].partition("x") for each in (old, new))
         if (old[0], width) == (new[0], new_width):
             return _(" ({old} -> {new} tokens)", old=rows, new=new_rows)
     return f" ({' '.join(old)} -> {' '.join(new)})"

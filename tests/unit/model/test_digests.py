@@ -65,6 +65,14 @@ def test_whole_hashes_are_those_of_the_files_bytes(tiny_model):
     assert in_background(ModelFolder(tiny_model).sha256).result(30) == ModelFolder(tiny_model).sha256() == expected
 
 
+def test_what_goes_wrong_in_the_background_is_raised_where_the_result_is_asked_for():
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        in_background(fail).result(30)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(), (1,), (5000,), (63, 5), (64, 5), (65, 5), (600, 40), (600, 2, 20)])
 def test_a_digest_is_over_64_rows_from_the_first_to_the_last(only_rows, shape, dtype):
@@ -134,6 +142,8 @@ def test_another_dtype_shape_or_set_of_tensors_is_told(folder, tiny_model):
     found = told(tiny_model, change(folder, other))
     for words in (f"{norm} (float32 64 -> float16 64)", f"{down} (float32 64x128 -> float32 128x64)", "extra (new)"):
         assert words in found
+    flat = {EMBEDDING: "float32 600x64 1"}, {EMBEDDING: "float32 38400 1"}
+    assert differences(*flat).endswith(f"{EMBEDDING} (float32 600x64 -> float32 38400).")
     assert "extra (missing)" in differences(ModelFolder(folder).digests, ModelFolder(tiny_model).digests)
 
 

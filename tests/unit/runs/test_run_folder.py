@@ -21,14 +21,12 @@ BASE = SimpleNamespace(digests={}, first_row_fingerprint=lambda: "the first rows
 def leave_checkpoint(config: TrainingConfig, world_size: int, global_batch_size: int, step: int = 3, **more) -> None:
     """What a run that was stopped leaves, as far as finding a start needs it."""
     schedule = Schedule(100, global_batch_size, config.num_epochs, config.max_steps, config.seed)
-    state = run_state(
-        step,
-        total_steps=schedule.total_steps,
-        identity=run_identity(config, schedule, FINGERPRINTS),
-        world_size=world_size,
-        batch_size_training=config.batch_size_training,
-        **more,
-    )
+    usual = {
+        "total_steps": schedule.total_steps,
+        "identity": run_identity(config, schedule, FINGERPRINTS),
+        "batch_size_training": config.batch_size_training,
+    }
+    state = run_state(step, world_size=world_size, **usual | more)
     folder = config.checkpoints_dir / f"step-{step}"
     folder.mkdir(parents=True)
     write_mark(folder, state, {})
@@ -144,6 +142,32 @@ def test_a_checkpoint_of_another_base_model_or_other_data_is_refused_by_name(tmp
             find_start(settings(tmp_path, resume=str(chosen)), 1, 100, FINGERPRINTS | {name: other}, BASE)
         assert f"{name}: {FINGERPRINTS[name]} -> {other}" in str(caught.value)
         assert "--resume none" in str(caught.value)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_checkpoint_of_an_earlier_version_is_compared_by_first_rows(tmp_path, same):
+    """Its fingerprint is 64 hexadecimal digits; that of this version begins with the name of a rule."""
+    old, now = ("1" * 64, "2" * 64), FINGERPRINTS | {"base_model": "rows64:" + "3" * 64}
+    identity = run_identity(settings(tmp_path), Schedule(100, 4, 3, 9, 42), FINGERPRINTS | {"base_model": old[0]})
+    leave_checkpoint(settings(tmp_path), 1, 4, identity=identity)
+    base = SimpleNamespace(digests={}, first_row_fingerprint=lambda: old[0 if same else 1])
+    if same:
+        start = find_start(settings(tmp_path), 1, 100, now, base)
+        assert len(start.notes) == 1 and "step-3 was written by an earlier version" in start.notes[0]
+        assert start.identity["base_model"] == now["base_model"]
+    else:
+        with pytest.raises(UserError, match=f"base_model: {old[0]} -> {old[1]}"):
+            find_start(settings(tmp_path), 1, 100, now, base)
+
+
+def test_tensors_that_differ_are_named_below_the_fingerprints(tmp_path):
+    config = settings(tmp_path)
+    leave_checkpoint(config, world_size=1, global_batch_size=4)
+    known = {"base_model_fingerprint": "b", "base_model_digests": {"a": "float32 2 1", "c": "float32 2 2"}}
+    write_training_config(tmp_path / "out", dict.fromkeys(DESCRIBED) | known)
+    base = SimpleNamespace(digests={"a": "float32 2 1", "c": "float32 2 3"})
+    with pytest.raises(UserError, match=r"base_model: b -> other\n    1 of 2 tensors differ: c\.\n"):
+        find_start(config, 1, 100, FINGERPRINTS | {"base_model": "other"}, base)
 
 
 def test_steps_that_an_interruption_cost_are_counted_and_an_extension_is_none(tmp_path):
