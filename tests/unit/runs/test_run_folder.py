@@ -189,7 +189,7 @@ def test_data_that_lies_elsewhere_is_the_same_data(tmp_path):
     config = settings(tmp_path)
     leave_checkpoint(config, world_size=1, global_batch_size=4)
     config.data.data_path = "elsewhere/data.jsonl"
-    start = find_start(config, 1, 100, FINGERPRINTS)
+    start = find_start(config, 1, 100, FINGERPRINTS, BASE)
     assert (start.checkpoint.step, start.notes) == (3, [])
     with pytest.raises(UserError, match="data: d -> other"):
-        find_start(config, 1, 100, {**FINGERPRINTS, "data": "other"})
+        find_start(config, 1, 100, {**FINGERPRINTS, "data": "other"}, BASE)
