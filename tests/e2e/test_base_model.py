@@ -114,6 +114,16 @@ def test_merging_sees_what_rows_can_not_tell(tiny_model, finished, tmp_path, mon
     merge(own, adapter, tmp_path / "merged", PromptTemplate(), 4.0)
 
 
+def test_files_that_hold_rotary_frequencies_too_are_the_same_base(tiny_model, finished, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(2)}
+    tensors = load_file(folder / "model.safetensors") | frequencies
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    base = ModelFolder(folder)
+    assert template_of(finished[0], base, Tokenizer(folder)) == PromptTemplate()
+    merge(base, finished[0], tmp_path / "merged", PromptTemplate(), 4.0)
+
+
 def test_an_adapter_of_an_earlier_version_is_compared_by_first_rows_and_says_so(tiny_model, finished, tmp_path, capsys):
     adapter, own = shutil.copytree(finished[0], tmp_path / "adapter"), ModelFolder(tiny_model)
     describe_base(adapter, BaseIdentity(own.first_row_fingerprint()))

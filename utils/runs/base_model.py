@@ -88,7 +88,7 @@ def differences(before: dict[str, str], now: dict[str, str]) -> str:
         return ""
     named = ", ".join(name + _change(name, before.get(name), now.get(name)) for name in names[:NAMED_AT_MOST])
     if len(names) > NAMED_AT_MOST:
-        named += _(" and {count} more", count=len(names) - NAMED_AT_MOST)
+        named = _("{names} and {count} more", names=named, count=len(names) - NAMED_AT_MOST)
     return _("{count} of {total} tensors differ: {names}.", count=len(names), total=len(every), names=named)
 
 

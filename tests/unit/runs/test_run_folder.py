@@ -7,11 +7,12 @@ import pytest
 from helpers.run_states import run_state
 
 from configs.errors import UserError
-from configs.peft import LoraConfig
+from configs.peft import LoraConfig, PrefixConfig
 from configs.training import TrainingConfig
 from utils.rows.schedule import Schedule
-from utils.runs.checkpoint import write_mark
-from utils.runs.description import DESCRIBED, write_training_config
+from utils.runs.base_model import BaseIdentity
+from utils.runs.checkpoint import Checkpoint, write_mark
+from utils.runs.description import DESCRIBED, identity_of_base, write_training_config
 from utils.runs.start import find_start, repeated_steps, run_identity
 
 FINGERPRINTS = {"data": "d", "base_model": "b", "tokenizer": "t", "prompt_template": "p"}
@@ -64,6 +65,7 @@ def test_changes_are_named_and_can_be_accepted(tmp_path):
     [
         ({"lora_config": LoraConfig(r=16)}, "lora_config.r: 8 -> 16"),
         ({"lora_config": LoraConfig(modules_to_save=["lm_head"])}, "lora_config.modules_to_save: [] -> ['lm_head']"),
+        ({"prefix_config": PrefixConfig(num_virtual_tokens=5)}, "prefix_config.num_virtual_tokens: 30 -> 5"),
         ({"optimizer": "adamw_8bit"}, "optimizer: adamw -> adamw_8bit"),
         ({"peft_method": "prefix"}, "peft_method: lora -> prefix"),
     ],
@@ -168,6 +170,32 @@ def test_tensors_that_differ_are_named_below_the_fingerprints(tmp_path):
     base = SimpleNamespace(digests={"a": "float32 2 1", "c": "float32 2 3"})
     with pytest.raises(UserError, match=r"base_model: b -> other\n    1 of 2 tensors differ: c\.\n"):
         find_start(config, 1, 100, FINGERPRINTS | {"base_model": "other"}, base)
+    # What another run in the same folder was trained over says nothing of this one.
+    write_training_config(tmp_path / "out", dict.fromkeys(DESCRIBED) | known | {"base_model_fingerprint": "third"})
+    with pytest.raises(UserError, match=r"base_model: b -> other\nUse the old settings"):
+        find_start(config, 1, 100, FINGERPRINTS | {"base_model": "other"}, base)
+
+
+def test_a_checkpoint_kept_elsewhere_finds_its_runs_account_of_the_base(tmp_path):
+    known = BaseIdentity("b", {"a": "float32 2 1"}, {"a": "12"})
+    (tmp_path / "out").mkdir()
+    write_training_config(tmp_path / "out", dict.fromkeys(DESCRIBED) | known.to_dict())
+    state = run_state(3, identity={"base_model": "b"}, settings={"output_dir": str(tmp_path / "out")})
+    assert identity_of_base(Checkpoint(tmp_path / "disk" / "run" / "step-3", state)) == known
+    (tmp_path / "out" / "training_config.json").unlink()
+    assert identity_of_base(Checkpoint(tmp_path / "disk" / "run" / "step-3", state)) == BaseIdentity("b")
+
+
+def test_a_run_is_not_made_shorter_unasked(tmp_path):
+    leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4)
+    shorter = settings(tmp_path)
+    shorter.max_steps = 5
+    with pytest.raises(UserError, match=r"steps: 9 -> 5\n.*--accept_changes") as refused:
+        find_start(shorter, 1, 100, FINGERPRINTS, BASE)
+    assert "begin anew" in str(refused.value)
+    shorter.accept_changes = True
+    start = find_start(shorter, 1, 100, FINGERPRINTS, BASE)
+    assert start.schedule.total_steps == 5 and "steps: 9 -> 5" in start.notes[0]
 
 
 def test_steps_that_an_interruption_cost_are_counted_and_an_extension_is_none(tmp_path):
