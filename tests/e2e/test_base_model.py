@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.command_runs import readme_flags
+from helpers.command_runs import call_main, readme_flags
 from helpers.environment import ROOT
 from safetensors.torch import load_file, save_file
 
@@ -39,7 +39,7 @@ BY_EARLIER_VERSION = "was written by an earlier version"
 def complaint(main, *argv: object) -> str:
     """What a script says when it refuses to go on."""
     with pytest.raises(UserError) as caught:
-        main([str(argument) for argument in argv])
+        call_main(main, *argv)
     return str(caught.value)
 
 
@@ -142,7 +142,7 @@ def test_a_converter_takes_frozen_layers_from_the_runs_own_base_only(tiny_model,
     monkeypatch.setattr(digests, "WHOLE_BYTES", 1000)
     output = tmp_path / "run"
     flags = ["--model_name", tiny_model, "--alpaca_dataset.data_path", data_file, "--output_dir", output]
-    llama_finetuning.main([str(flag) for flag in [*flags, "--freeze_layers", "--max_steps", 1, "--save_model", False]])
+    call_main(llama_finetuning.main, *flags, "--freeze_layers", "--max_steps", 1, "--save_model", False)
     checkpoint = read_checkpoint(output / "checkpoints" / "step-1")
     other = ModelFolder(changed(tiny_model, tmp_path / "base", "two rows swapped"))
     assert other.fingerprint() == ModelFolder(tiny_model).fingerprint()
