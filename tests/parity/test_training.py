@@ -353,6 +353,25 @@ def test_held_out_examples_are_not_trained_on(tiny_model, data_file):
     assert {example.number for example in again.held_out} != held_out
 
 
+def test_a_resumed_run_keeps_its_step_plan_where_it_was_found_for_the_same(tiny_model, tmp_path):
+    settings = {"batch_size_training": 4, "max_steps": 4, "save_steps": 2}
+    begun = make_trainer(tiny_model, tmp_path / "begun", **settings)
+    train(begun)
+    checkpoint = read_checkpoint(tmp_path / "begun" / "checkpoints" / "step-2")
+    found, plan = begun.loss_module.step_plan, checkpoint.state.step_plan
+    assert plan == {"key": plan["key"], **found._asdict()}
+    for change, expected in (({"token_budget": 99}, 99), ({"token_budget": 99, "key": "other"}, found.token_budget)):
+        state = replace(checkpoint.state, step_plan=plan | change, last_eval_loss=1.5)
+        resumed = make_trainer(
+            tiny_model, tmp_path / "resumed", checkpoint=replace(checkpoint, state=state), **settings
+        )
+        assert resumed.loss_module.step_plan.token_budget == expected
+        assert resumed.last_eval_loss == 1.5
+    state = replace(checkpoint.state, step_plan={})  # of an early version
+    resumed = make_trainer(tiny_model, tmp_path / "resumed", checkpoint=replace(checkpoint, state=state), **settings)
+    assert resumed.loss_module.step_plan == found
+
+
 def test_a_run_that_would_fill_the_disk_is_refused(tiny_model, tmp_path, monkeypatch):
     """LoRA r=8 on q and v of two layers: 4 thin matrices of 8 x 64 and 4 of 64 x 8; weights and Adam's two moments."""
     trainer = make_trainer(tiny_model, tmp_path / "out", keep_checkpoints=2)
