@@ -1,6 +1,7 @@
 """A merged model computes what base and adapter compute together."""
 
 import json
+import shutil
 import warnings
 
 import peft
@@ -17,6 +18,7 @@ from utils.model.folder import ModelFolder
 from utils.model.weights import load_base_model
 from utils.results.adapter_folder import load_adapter
 from utils.results.merging import merge, rounded_sum
+from utils.results.model_files import copy_tokenizer
 
 SEQUENCE = [1, 300, 301, 302, 555, 410, 333, 278, 599, 261, 480, 481]
 ALL_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
@@ -162,6 +164,26 @@ def test_several_shards_hold_the_same_as_one(tiny_model, adapters, tmp_path):
     index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {file.name for file in files}
     assert torch.equal(merged_logits(tmp_path / "several"), merged_logits(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    "config", [None, {"legacy": False}, {"add_bos_token": True, "legacy": False, "bos_token": "<s>"}]
+)
+def test_transformers_reads_chats_with_the_merged_folder_as_training_did(tiny_model, tmp_path, config):
+    """Ids, not texts: how a special token is set apart from what follows it can't be seen in a text."""
+    base, folder = shutil.copytree(tiny_model, tmp_path / "base"), tmp_path / "merged"
+    if config is not None:
+        (base / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder.mkdir()
+    template, own = PromptTemplate(), Tokenizer(base)
+    copy_tokenizer(base, folder, template)
+    other = AutoTokenizer.from_pretrained(folder)
+    for question in ("你好", "  两个空格", "第一行\n第二行", "a  b   c", "1+1=？", "🎉龘", "Below is", "\n", "</"):
+        for history in ([], [("你是谁？", "我是助手。")]):
+            turns = [text for turn in history for text in turn] + [question]
+            messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+            found = other.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            assert found == own.encode(template.render(question, history=history)), (question, history)
 
 
 def test_merged_folder_brings_tokenizer_chat_template_and_stop_tokens(tiny_model, adapters, tmp_path):

@@ -88,7 +88,9 @@ def copy_tokenizer(base: Path, folder: Path, template: PromptTemplate) -> None:
         settings.setdefault("tokenizer_class", "LlamaTokenizer")
         settings.setdefault("add_bos_token", bool(tokenizer.bos_ids))
         settings.setdefault("add_eos_token", False)
-        settings.setdefault("legacy", False)
+        # What stands behind a special token begins with a space, as SentencePiece has it and training had it; otherwise
+        # transformers would read the chat template's `<s>Below` as `B elow`.
+        settings["legacy"] = True
     settings.setdefault("bos_token", tokenizer.bos_token or None)
     settings.setdefault("eos_token", tokenizer.eos_token)
     settings["chat_template"] = template.chat_template(tokenizer.bos_token, tokenizer.eos_token)
