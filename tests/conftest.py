@@ -3,6 +3,7 @@
 import gettext
 import json
 import os
+import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,12 +17,15 @@ from helpers.tiny_models import make_model
 
 
 @pytest.fixture(autouse=True)
-def _environment_stays() -> Iterator[None]:
-    """Scripts that are called in this process set variables for themselves; the next test must not inherit them."""
+def _process_stays() -> Iterator[None]:
+    """Scripts that are called in this process set variables and signal handlers; the next test must not inherit them."""
     before = dict(os.environ)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     yield
     os.environ.clear()
     os.environ.update(before)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")
