@@ -18,7 +18,7 @@ from helpers.tiny_models import make_model
 
 @pytest.fixture(autouse=True)
 def _process_stays() -> Iterator[None]:
-    """Scripts that are called in this process set variables and signal handlers; the next test must not inherit them."""
+    """Scripts called in this process set variables and signal handlers, which the next test must not inherit."""
     before = dict(os.environ)
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     yield

@@ -20,7 +20,7 @@ from utils.download.part import bytes_missing, part_path
 from utils.download.proof import has_digest
 from utils.files import free_space
 
-READERS = 2
+READING_THREADS = 2
 SPARE_BYTES = 64 * 1024**2
 """Room to leave on the disk for everything else."""
 
@@ -56,7 +56,7 @@ def prove_existing(folder: Path, listing: Listing, display: Display) -> set[str]
 
         return has_digest(folder / file.path, file.size, file.algorithm, file.digest, read)
 
-    with ThreadPoolExecutor(READERS) as readers:
+    with ThreadPoolExecutor(READING_THREADS) as readers:
         try:
             answers = {file.path: readers.submit(is_right, file) for file in files}
             while not all(answer.done() for answer in answers.values()):

@@ -1,6 +1,7 @@
 """Attention of packed rows, in which several examples lie one after another and none may see another.
 
-What stands before the row in a layer attends (`Past`): nothing, a learnt prefix, or a cache of keys and values.
+What stands before the row in a layer attends (`Past`): nothing, a learnt prefix, or a cache of keys and values
+(inference/cache.py).
 transformers' layers come here through `packed_attention`, registered under the name PACKED; layers that do without
 autograd (utils/model/fused_layers.py) through `attention_forward` and `attention_backward`. On GPUs that have such a
 kernel, all examples are done at once; elsewhere one by one.

@@ -17,7 +17,7 @@ from utils.model.tensor_files import is_whole, open_tensors, tensor_names
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-READERS = 4
+READING_THREADS = 4
 """Threads that read rows: a disk answers several questions at once faster than one after another."""
 
 
@@ -195,7 +195,7 @@ class ModelFolder:
     def digests(self) -> dict[str, str]:
         """Tensor name -> what tells this tensor from another; see sampled_digest. Of 13 GB it reads some 100 MB."""
         found: dict[str, str] = {}
-        with ThreadPoolExecutor(READERS) as readers:
+        with ThreadPoolExecutor(READING_THREADS) as readers:
             for file, names in self._names_by_file():
                 with open_tensors(file) as tensors:
                     # Tensors lie in the file, mapped into memory: what is read, is read from its beginning to its end.

@@ -1,4 +1,7 @@
-"""Cross-entropy on the labelled positions alone, in chunks, so that the full logits never exist."""
+"""Cross-entropy on the labelled positions alone, in chunks, so that the full logits never exist.
+
+(utils/rows/packing.py says which positions these are, `ResponseLoss` picks them out.)
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,7 @@
-"""How a step is cut into rows, and what their layers do with their activations."""
+"""How a step is cut into rows, and what their layers do with their activations.
+
+(utils/training/search.py finds the plan, `share_out` of utils/rows/packing.py cuts a step by it.)
+"""
 
 import contextlib
 import functools
