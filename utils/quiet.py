@@ -4,6 +4,7 @@ Entered before torch is imported, since OpenMP reads its settings then.
 """
 
 import contextlib
+import contextvars
 import logging
 import os
 import sys
@@ -28,6 +29,9 @@ SETTINGS = {
 }
 LOGGERS = ("transformers", "peft", "bitsandbytes", "torch", "torch.distributed", "accelerate", "matplotlib")
 
+_offline_by_user: contextvars.ContextVar[bool | None] = contextvars.ContextVar("offline_by_user", default=None)
+"""Whether hubs were switched off before quiet_libraries was entered; None = it was not entered."""
+
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
@@ -45,6 +49,7 @@ def quiet_libraries() -> Iterator[None]:
     cudnn = sys.modules["torch"].backends.cuda.cudnn_sdp_enabled() if "torch" in sys.modules else True
     os.environ |= DEFAULTS | environment | SETTINGS
     constants.HF_HUB_OFFLINE = True
+    token = _offline_by_user.set(offline)
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -53,6 +58,7 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         constants.HF_HUB_OFFLINE = offline
+        _offline_by_user.reset(token)
         for name in os.environ.keys() - environment.keys():  # torch's compiler sets some of its own too
             del os.environ[name]
         os.environ |= environment
@@ -60,3 +66,16 @@ def quiet_libraries() -> Iterator[None]:
             logger.setLevel(level)
         if "torch" in sys.modules:  # utils/model/attention.py turns this kernel off
             sys.modules["torch"].backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+@contextlib.contextmanager
+def hubs_allowed() -> Iterator[None]:
+    """Within quiet_libraries, let a download ask hubs, unless the user has switched them off."""
+    from huggingface_hub import constants
+
+    by_user, now = _offline_by_user.get(), constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = now if by_user is None else by_user
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = now

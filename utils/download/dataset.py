@@ -19,6 +19,7 @@ from utils.download.fetching import fetch
 from utils.download.listing import Listing, check_folder, check_paths
 from utils.download.manifest import Manifest, unfinished_files
 from utils.download.options import TransferOptions
+from utils.quiet import hubs_allowed
 
 FOLDER = Path("data")
 """Where data sets go, each into OWNER/NAME, as models go into ./models."""
@@ -85,7 +86,7 @@ def _fetch(
     config = DownloadConfig(repo_id=wanted.repository, repo_type="dataset", revision=revision, local_dir=str(folder))
     options, display = options or TransferOptions.from_config(config), Display(say)
     try:
-        with open_sources(config, display, options) as sources:
+        with hubs_allowed(), open_sources(config, display, options) as sources:
             listing = sources.pin(revision)
             check_paths(listing)
             card = _part(listing, [CARD])
