@@ -1,8 +1,7 @@
 """The language that the programs speak to people: Chinese under a Chinese locale, English otherwise.
 
 Source strings are English; `locale/zh_CN/LC_MESSAGES/llama2_chinese.po` holds the Chinese (`make catalogue`
-compiles it).
-gettext picks the language from LANGUAGE, LC_ALL, LC_MESSAGES and LANG, in that order.
+compiles it). gettext picks the language from LANGUAGE, LC_ALL, LC_MESSAGES and LANG, in that order.
 """
 
 import gettext

@@ -1,4 +1,4 @@
-"""Settings of chat, serving, merging and converting."""
+"""Settings of chat and serving, and of how the next token is chosen."""
 
 import operator
 from collections.abc import Iterator

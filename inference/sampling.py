@@ -9,7 +9,7 @@ def choose(scores: torch.Tensor, seen: torch.Tensor, sampling: Sampling, generat
     """Choose the next token; penalty, temperature, top_k and top_p are applied in transformers' order.
 
     Args:
-        scores: [vocab_size], fp32; changed.
+        scores: [vocab_size], fp32.
         seen: [vocab_size], bool: tokens that have occurred.
 
     Returns:

@@ -1,6 +1,6 @@
 """The manifest beside a model: which revision the folder holds, each file's hash, and whether it was proved.
 
-Only the standard library is imported here, so that the trainer can ask `unfinished_files` at no cost.
+No library beyond the standard one is imported here, so that the trainer can ask `unfinished_files` at no cost.
 """
 
 import json

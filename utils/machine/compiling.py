@@ -1,4 +1,4 @@
-"""torch.compile: whether a run gains by it, and how the plain layers are compiled."""
+"""torch.compile: whether a card has it, and whether a run gains by it."""
 
 import torch
 
@@ -7,8 +7,6 @@ from configs.messages import _
 
 PAYS_FROM_TOKENS = 1_000_000
 """A run this long wins back the minute that compiling takes (plain layers on an H100: 10,000 -> 17,000 tokens/s)."""
-
-
 OLDEST_CARD = (7, 0)
 """Compute capability of the oldest cards (Volta) that torch's compiler makes kernels for, through Triton."""
 

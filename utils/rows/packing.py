@@ -1,7 +1,7 @@
-"""Which examples a step trains on, and how they are shared out into packed rows.
+"""How a step's examples are shared out into micro-batches, and a micro-batch is laid into one packed row.
 
-Everything here is a pure function of the seed, the step and the examples, so a run can go on from any step, with any
-number of processes, without stored state.
+Everything here is a pure function of the examples and of the number of processes, so a run can go on from any step,
+with any number of them, without stored state.
 """
 
 import heapq

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl for programs, a progress bar or plain lines for people, a picture of the losses."""
+"""metrics.jsonl: a run's figures, step by step, for programs and for the picture of the losses."""
 
 import json
 import os

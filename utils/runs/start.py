@@ -1,4 +1,4 @@
-"""The output folder of a run: held by one run at a time, where it goes on from, and what interruptions cost it."""
+"""Where a run begins: anew or from a checkpoint, whether that is of the same run, and what interruptions cost it."""
 
 from dataclasses import dataclass
 from pathlib import Path

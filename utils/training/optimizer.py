@@ -1,4 +1,4 @@
-"""The optimizer and its arithmetic: learning rate, gradient norm, clipping, steps left out, roundings, loss scale."""
+"""The optimizer and its arithmetic: learning rate, bf16 weights, gradient norm, clipping, steps that are left out."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
