@@ -19,7 +19,7 @@ def limit_memory(world: World, gigabytes: float) -> None:
 
 
 def forget_peak(world: World) -> None:
-    """Let peak_memory_gb count from here on: what the search for the micro-batch tried is no part of the training."""
+    """Let peak_memory_gb count from here on: what the search for the step plan tried is no part of the training."""
     if world.device.type == "cuda":
         for device in world.devices:
             torch.cuda.reset_peak_memory_stats(device)

@@ -52,7 +52,7 @@ class Estimate:
 
     @property
     def fixed(self) -> float:
-        """What is there whatever the micro-batch."""
+        """What is there whatever the step plan."""
         return self.weights + self.trained
 
     @property
@@ -67,14 +67,13 @@ def estimate(layout: Layout, kind: LayerKind, step_plan: StepPlan, step: float =
     Args:
         kind: how layers are computed.
         step_plan: whose full rows are meant.
-        step: the process's tokens of a step: where they are one micro-batch, gradients come only while activations go.
+        step: the process's tokens of a step: where they go through at once, gradients come only while activations go.
     """
     each, layer, held = layout.each, LAYER_MEMORY[kind](layout), _held(layout)
     gathered, in_transit = _in_passing(layout) if layout.is_sharded else (0.0, 0.0)
     rows, tokens, kept = step_plan.rows, step_plan.token_budget, min(step_plan.kept_layers, held.layers)
-    in_transfer = min(
-        1, step_plan.offloads(held.layers - kept)
-    )  # of the last offloaded layer, as the forward pass ends
+    # As the forward pass ends, the activations of the last offloaded layer are still on the card.
+    in_transfer = min(1, step_plan.offloads(held.layers - kept))
     activations = rows * tokens * ((kept + in_transfer) * layer.kept + (held.layers - kept) * layer.recomputed)
     temporary = tokens * layer.temporary + layer.weights + gathered
     # Layers that recompute come last in the backward pass, when those that kept theirs have let go of them.

@@ -1,4 +1,4 @@
-"""The micro-batch that fills the cards: found by trying, and remembered for the next run of the same kind."""
+"""The step plan that fills the cards: found by trying, and remembered for the next run of the same kind."""
 
 import contextlib
 import functools
@@ -33,13 +33,13 @@ SAFE_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Search:
-    """The search for a run's micro-batch.
+    """The search for a run's step plan.
 
     Attributes:
         longest_example: its tokens.
         step: what this process has of a step.
         kept_counts: how many layers may keep their activations, in ascending order; the last number is all.
-        try_step: makes rows, so many tokens each and so many of them, go forward and backward as a micro-batch says;
+        try_step: makes rows, so many tokens each and so many of them, go forward and backward as a step plan says;
             raises OutOfMemoryError.
         is_sharded: a process that ran out of memory amid a sharded pass would leave the others waiting for it.
         host: where activations may wait; None = nowhere.
@@ -54,7 +54,7 @@ class Search:
     host: HostMemory | None = None
 
     def best(self, key: str) -> StepPlan:
-        """What is fastest of all that fits on every process's card.
+        """The fastest step plan of all that fit on every process's cards.
 
         Where an earlier run of the same kind has an answer that still fits, and about as much memory is free now, that
         is it. The answers lie in ~/.cache/llama2-chinese/step-plans (or beneath XDG_CACHE_HOME).
@@ -74,9 +74,9 @@ class Search:
         return found
 
     def by_trying(self) -> StepPlan:
-        """The answer by measurement.
+        """The best step plan, by measurement.
 
-        Smaller micro-batches leave room for more layers that keep their activations, which saves computing them twice,
+        Smaller rows leave room for more layers that keep their activations, which saves computing them twice,
         but fill the card less well; so sizes are tried downwards until the next one is slower.
         """
         measured = self._measured_sizes()
@@ -133,7 +133,7 @@ class Search:
         return best
 
     def by_extrapolation(self) -> StepPlan:
-        """The answer from the memory that small micro-batches take, and by a rule of thumb for the speed."""
+        """The best step plan, from the memory that small rows take and by a rule of thumb for the speed."""
         kept_counts = self.kept_counts
         few, least, some = (
             max(self.longest_example, MIN_TOKENS // 4),
@@ -165,7 +165,7 @@ class Search:
         )
 
     def shrunk(self, step_plan: StepPlan) -> StepPlan:
-        """The same with the largest token budget, from its own down, that fits."""
+        """The step plan with the largest token budget, from its own down, that fits."""
         for budget in self._token_budgets(step_plan.token_budget):
             if self._fits(smaller := step_plan._replace(token_budget=budget)):
                 return smaller
@@ -196,7 +196,7 @@ class Search:
         return kept_counts[max(0, fits - 1)]
 
     def _with_offloading(self, step_plan: StepPlan, speed: float) -> Iterator[tuple[StepPlan, float]]:
-        """This one, of so many tokens/s, with activations in host memory; and its tokens/s if copies cost nothing."""
+        """A step plan of `speed` tokens/s with activations in host memory; and its tokens/s if copies cost nothing."""
         every_layer = self.kept_counts[-1]
         if not self.host or step_plan.kept_layers == every_layer or not speed:
             return
@@ -220,20 +220,20 @@ class Search:
                 yield candidate, promised
 
     def has_host_memory(self, step_plan: StepPlan) -> bool:
-        """Whether what its layers offload finds room there."""
+        """Whether host memory has room for what a step plan's layers offload."""
         return self._pinned_bytes(step_plan) <= (self.host.room if self.host else 0)
 
     def _pinned_bytes(self, step_plan: StepPlan) -> int:
-        """What its layers take in host memory."""
+        """Bytes that a step plan's layers take in host memory."""
         offloaded = step_plan.offloads(self.kept_counts[-1] - step_plan.kept_layers)
         return step_plan.rows * offloaded * self._host_bytes(step_plan)
 
     def _host_bytes(self, step_plan: StepPlan) -> int:
-        """What one layer of a full row takes in host memory."""
+        """Bytes that one layer of a full row takes in host memory."""
         return self.host.bytes_of(step_plan.token_budget) if self.host else 0
 
     def _fits(self, step_plan: StepPlan) -> bool:
-        """Whether full rows find room."""
+        """Whether full rows of a step plan find room on the cards."""
         attempt = functools.partial(self.try_step, step_plan, step_plan.token_budget, step_plan.rows)
         return fits(self.world, attempt)
 
