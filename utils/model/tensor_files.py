@@ -34,7 +34,6 @@ class _PickledTensors:
 
 def open_tensors(file: Path) -> Any:
     """A weight file as a context manager with keys(), get_tensor(name) and get_slice(name)."""
-
     return safe_open(file, framework="pt") if file.suffix == ".safetensors" else _PickledTensors(file)
 
 

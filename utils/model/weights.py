@@ -43,7 +43,6 @@ def load_base_model(
 
 def empty_base_model(folder: ModelFolder, dtype: torch.dtype, quantization: Quantization | None = None) -> nn.Module:
     """The model that `load_base_model` loads, its weights still on the meta device: shapes alone, to be sharded."""
-
     attention.register()
     config = AutoConfig.from_pretrained(folder.path)
     with torch.device("meta"):
@@ -138,7 +137,6 @@ def _fill(
 
 def own_shard(tensor: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """What this process keeps of a whole tensor that is to stand in the place of `place`: its shard, or all of it."""
-
     if not isinstance(place, DTensor):
         return tensor
     # A copy of the shard; without a source rank nothing is sent.
