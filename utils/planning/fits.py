@@ -27,7 +27,7 @@ def check_memory(config: TrainingConfig, setup: Setup, shape: Shape) -> None:
 
 
 def refuse_too_little(config: TrainingConfig, setup: Setup, shape: Shape, limit: float) -> None:
-    """As check_memory, for cards of `limit` bytes."""
+    """Refuse a run whose weights alone do not fit on cards of `limit` bytes; see check_memory."""
 
     def least(variant: TrainingConfig) -> Estimate:
         return estimate(laid_out(variant, setup, shape), "plain", StepPlan(setup.longest, 0))

@@ -51,8 +51,10 @@ def plain(layout: Layout) -> LayerMemory:
 
 
 def compiled_plain(layout: Layout) -> LayerMemory:
-    """Memory of the same modules as torch.compile cuts them in two (a test counts): it computes norms and activations
-    again."""
+    """Memory of transformers' modules under torch.compile, as it cuts them in two (a test counts).
+
+    It computes norms and activations again.
+    """
     layer, shape, c = plain(layout), layout.shape, layout.compute_bytes
     stream = layer.recomputed + c * shape.hidden  # the input, and what attention adds to it
     attention = c * (2 * shape.query + 2 * shape.key_value) + 4 * shape.heads
@@ -80,7 +82,7 @@ def _inputs(layout: Layout, is_copied: bool) -> float:
 
 
 def compiled_fused(layout: Layout) -> LayerMemory:
-    """Memory of one function a layer that keeps what its backward pass needs and nothing else, under torch.compile."""
+    """Memory of the fused layers under torch.compile: they keep what their backward pass needs and nothing else."""
     shape, trained, c = layout.shape, layout.trained, layout.compute_bytes
     attention = 2 * shape.query + 2 * shape.key_value  # query and key after rotation, value, output
     kept = 2 * shape.hidden + attention + 2 * shape.intermediate  # input, hidden after attention, gate, up
@@ -93,8 +95,9 @@ def compiled_fused(layout: Layout) -> LayerMemory:
 
 
 def fused(layout: Layout) -> LayerMemory:
-    """Memory of the same as it is written: what stands in fp32 between gate, up and their gradients has its own place.
+    """Memory of the fused layers without torch.compile.
 
+    What stands in fp32 between gate, up and their gradients has a place of its own then.
     Fitted to NF4 and int8 bases on an H100 (four layers of the 7B shape, torch 2.11).
     """
     layer = compiled_fused(layout)

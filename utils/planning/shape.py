@@ -31,7 +31,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Shape":
-        """Read from what config.json holds."""
+        """The shape of the model that a config.json describes."""
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         return cls(
@@ -89,8 +89,8 @@ class Trained:
         parameters: how many there are.
         modules: names of the modules that are trained (in layers that are not frozen), or have a LoRA.
         lora: the linear layers of a decoder layer that have a LoRA.
-        rank: theirs.
-        has_dropout: their inputs have.
+        rank: of those LoRAs.
+        has_dropout: whether dropout goes over their inputs.
         frozen_layers: decoder layers that a full fine-tuning leaves as they are, with the embedding; None = it trains
             all.
     """
@@ -105,7 +105,7 @@ class Trained:
 
     @classmethod
     def of(cls, config: TrainingConfig, shape: Shape) -> "Trained":
-        """By the settings of a run."""
+        """What a run with these settings trains of a model."""
         if config.method == "full":
             frozen, count = config.frozen_layers, shape.decoder_weights + shape.other_weights
             if frozen is not None:
@@ -149,7 +149,7 @@ class BytesEach:
 
     @classmethod
     def of(cls, optimizer: str, pure_bf16: bool) -> "BytesEach":
-        """By the settings --optimizer and --pure_bf16."""
+        """The bytes of a trained parameter under these values of --optimizer and --pure_bf16."""
         weight = 2.0 if pure_bf16 else 4.0
         # Two moments: in fp32, or in 8 bits with an fp32 scale for every 256 numbers.
         return cls(weight, weight, 8.0 if optimizer == "adamw" else 2 + 2 * 4 / 256)
@@ -185,7 +185,7 @@ class Layout:
 
     @classmethod
     def of(cls, config: TrainingConfig, shape: Shape, compute_bytes: int, cards: int = 1, shards: int = 1) -> "Layout":
-        """By the settings of a run; see Setup for what it has decided."""
+        """The layout of a run with these settings; what else it takes, a Setup has decided."""
         return cls(
             shape,
             Trained.of(config, shape),
@@ -202,7 +202,7 @@ class Layout:
 
     @property
     def stored_bytes(self) -> float:
-        """Of a frozen weight in a linear layer of the decoder."""
+        """Bytes that a frozen weight in a linear layer of the decoder takes."""
         if self.quantization == "4bit":
             return 0.5 + 1 / 64 + 4 / (64 * 256)
         return 1.0 if self.quantization == "8bit" else float(self.compute_bytes)

@@ -57,7 +57,7 @@ class Prospect:
     available: float
 
     def fit(self) -> Fit:
-        """Look through the step plans that a run would try."""
+        """The best of the step plans that a run would try, with its memory."""
         plans = self._step_plans()
         found = [(estimate(self.layout, self.setup.layer_kind, plan, self.setup.step.largest), plan) for plan in plans]
         fitting = [Fit(parts, plan, True) for parts, plan in found if parts.needed <= self.available]
@@ -118,7 +118,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
 
 
 def _on_one_machine(config: TrainingConfig) -> TrainingConfig:
-    """The same, as one machine does it: hybrid sharding is full sharding there."""
+    """A run's settings as one machine has them: hybrid sharding is full sharding there."""
     if config.fsdp_config.sharding_strategy != "HYBRID_SHARD":
         return config
     return replace(

@@ -30,12 +30,12 @@ Say = Callable[[str], None]
 
 
 def speaker(world: World) -> Say:
-    """Prints on rank 0, and nothing elsewhere."""
+    """A function that prints a message on rank 0, and nothing elsewhere."""
     return (lambda message: print(message, flush=True)) if world.is_main else (lambda _message: None)
 
 
 def start_notes(start: Start, output: Path, say: Say) -> None:
-    """What was found in the output folder."""
+    """Say what was found in the output folder."""
     for note in start.notes:
         say(note)
     if start.is_finished:

@@ -29,12 +29,12 @@ class Fitted(NamedTuple):
     step_plan: StepPlan
 
     def to_dict(self) -> dict[str, Any]:
-        """As a checkpoint's state has it."""
+        """The plan with its key, as a checkpoint's state has them."""
         return {"key": self.key, **self.step_plan._asdict()}
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> "Fitted | None":
-        """The plan of the run that wrote it; None where it tells none that is understood."""
+        """The plan of the run that wrote a checkpoint; None where that tells none that is understood."""
         try:
             fields = dict(checkpoint.state.step_plan)
             return cls(fields.pop("key"), StepPlan(**fields))

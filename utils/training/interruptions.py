@@ -9,7 +9,7 @@ from utils.machine.world import World, sum_across
 
 
 class Interruptions:
-    """While it is entered, SIGINT and SIGTERM ask for an end after the current step; a second SIGINT ends at once."""
+    """A context in which SIGINT and SIGTERM ask for an end after the current step; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.signum, self.at = 0, 0.0

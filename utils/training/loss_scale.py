@@ -18,7 +18,7 @@ class LossScale:
 
     @classmethod
     def for_dtype(cls, dtype: torch.dtype) -> "LossScale":
-        """2^14 to begin with for fp16, otherwise none."""
+        """The loss scale that a run begins with: 2^14 for fp16, otherwise 1, which stays."""
         return cls(2.0**14 if dtype == torch.float16 else 1.0)
 
     @property
@@ -27,7 +27,7 @@ class LossScale:
         return self.value != 1.0
 
     def update(self, overflowed: bool) -> None:
-        """Take note of one step."""
+        """Take note of a step, whether its gradient overflowed or not."""
         if not self.is_used:
             return
         if overflowed:

@@ -119,7 +119,7 @@ class StochasticRounding(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """See torch.optim.Optimizer."""
+        """Update the weights from their gradients."""
         (group,), (inner_group,) = self.param_groups, self.inner.param_groups
         inner_group["lr"] = group["lr"]
         steps_done = int(self.state[group["params"][0]].get("step", 0))
@@ -157,7 +157,7 @@ def step_if_finite(
     limit: float | None,
     loss_scale: float,
 ) -> None:
-    """A step with gradients clipped to `limit` (None = not); none at all, of nothing, if loss or norm is not finite.
+    """Do a step with gradients clipped to `limit` (None = not), or change nothing if loss or norm is not finite.
 
     torch's AdamW decides on the card, so that the host goes on without waiting for the numbers.
 

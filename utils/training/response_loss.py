@@ -42,12 +42,12 @@ class ResponseLoss(nn.Module):
         return labelled_cross_entropy(rows, head, batch.label_ids.to(head.device), scale, self.chunk_loss)
 
     def refresh(self) -> None:
-        """Take note that the weights have changed."""
+        """Take the trained weights over as they are now; to be called whenever they have changed."""
         if self.fused:
             self.fused.refresh()
 
     def compile(self) -> None:
-        """Compile what is many small operations; a row may have any length afterwards."""
+        """Compile the layers and the loss of a chunk; a row may have any length afterwards."""
         self.chunk_loss = torch.compile(chunk_loss, dynamic=True)
         if self.fused:
             self.fused.compile()

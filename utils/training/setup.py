@@ -53,7 +53,7 @@ class Setup:
         schedule: Schedule,
         done: int = 0,
     ) -> "Setup":
-        """Decide.
+        """Make a run's decisions, before anything is loaded.
 
         Args:
             architecture: the model's config.json.

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def shard(loss_module: nn.Module, config: FsdpConfig, world: World, gathered: torch.dtype | None) -> None:
-    """Shard every decoder layer, and the rest as one, in place. The module must hold `model`; it may lie on meta, as
-    weights that are quantised must.
+    """Shard every decoder layer, and the rest as one, in place.
 
     Gradients are summed in fp32, not averaged: the loss is divided by the tokens of all processes already.
 
     Args:
+        loss_module: holds `model`; it may lie on the meta device, as weights that are quantised must.
         gathered: dtype in which the layers' weights travel and are computed with; None = as they are stored. Embedding
             and head always travel as they are stored: the residual stream has the embedding's dtype, sharded or not.
     """

@@ -23,7 +23,7 @@ class HostMemory(NamedTuple):
     Attributes:
         room: bytes.
         bytes_of: how many a layer takes in a row of so many tokens.
-        seconds: that the copy of one token's takes.
+        seconds: that the copy of a token's activations takes.
         pin_seconds: that it takes to pin a byte.
     """
 
@@ -73,7 +73,7 @@ class StepPlan(NamedTuple):
         return min(layers, self.kept_layers * max(full, tokens) // tokens)
 
     def offloads(self, others: int) -> int:
-        """How many of the `others`, which do not keep them, offload them."""
+        """How many of the `others`, the layers that do not keep their activations, offload them."""
         return math.ceil(others / self.offload_every) if self.offload_every else 0
 
     def activations(self, tokens: int, layers: int) -> list[Activations]:

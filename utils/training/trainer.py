@@ -67,7 +67,7 @@ class Trainer:
         self.saver = Saver(config.checkpoints_dir, self.world, config.keep_checkpoints)
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Put the run's state as a checkpoint has it.
+        """Take a checkpoint's state over: weights, optimizer, loss scale, and the steps that are done.
 
         Raises:
             UserError: the checkpoint holds other tensors than the run has.

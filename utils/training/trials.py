@@ -62,7 +62,7 @@ class Trials:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def host_memory(self) -> HostMemory | None:
-        """For layers that can let activations wait there: a quarter of what is free, shared by all processes.
+        """The main memory that activations may wait in: a quarter of what is free, for all processes; None = none.
 
         A row may take memory anew before torch gives it what the row before has let go of: half of what is free then.
         """
