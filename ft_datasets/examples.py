@@ -44,17 +44,17 @@ class Example:
 
     @property
     def own_length(self) -> int:
-        """Tokens that are not shared."""
+        """Tokens of the example that are not shared."""
         return len(self.input_ids) - self.shared_length
 
     @property
     def load(self) -> int:
-        """What it counts in a row: its own tokens, or half of all, which attention has keys and values of, if more."""
+        """What an example counts in a row: its own tokens, or half of all if more (attention has keys of all)."""
         return max(self.own_length, -(-len(self.input_ids) // 2))
 
     @property
     def prefix(self) -> bytes:
-        """The shared tokens, as something to look up."""
+        """The tokens that the example shares, as bytes to look it up by."""
         return self.input_ids[: self.shared_length].tobytes()
 
     @property
@@ -63,7 +63,7 @@ class Example:
         return sum(stop - start for start, stop in self.learnt)
 
     def learnt_throughout(self) -> "Example":
-        """The same tokens, with loss on every one that may carry it: neither a shared one nor the first behind those.
+        """The example with loss on every token that may carry it: neither a shared one nor the first behind those.
 
         (From the last shared token, which a row has once for all, only one next token could be predicted.)
         """

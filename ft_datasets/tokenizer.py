@@ -125,7 +125,7 @@ class Tokenizer:
         return self.bos_ids + self._backend.encode([text], 1)[0]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        """As `encode`, for many texts."""
+        """The ids of many texts, each after BOS; see `encode`."""
         return [self.bos_ids + ids for ids in self._backend.encode(texts, threads)]
 
     def decode(self, ids: Sequence[int]) -> str:

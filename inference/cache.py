@@ -30,7 +30,7 @@ class KeyValueCache:
         return attend_one_by_one(query, *self.extend(key, value), segments, scale, past_length)
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store keys and values of new tokens; all that there are with them, [length, kv_heads, head_dim]."""
+        """Store keys and values of new tokens, and return all that there are then, [length, kv_heads, head_dim]."""
         if self.keys is None or self.values is None:
             self.keys, self.values = self._room(key), self._room(value)
             if isinstance(self.prefix, Prefix):

@@ -97,6 +97,7 @@ def safetensors_problem(path: Path) -> str | None:
 
 
 def sha256(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -111,4 +112,5 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON that people can read; write_durably is for what a crash must not leave in half."""
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -163,5 +163,5 @@ def learnt_prefix(model: nn.Module) -> Sequence[Prefix | NoPast]:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter, in a fixed order, each shared one once."""
+    """A model's trainable parameters by name, in a fixed order; one that stands in two places comes once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

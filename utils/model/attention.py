@@ -38,7 +38,7 @@ class Past(Protocol):
 
 
 class NoPast:
-    """Nothing stands before a segment but a beginning that it shares with others, which lies in the row itself."""
+    """The past where there is none: before a segment stands at most a beginning that it shares, in the row itself."""
 
     length = 0
 

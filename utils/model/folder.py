@@ -1,4 +1,7 @@
-"""A base model's folder: is it whole, what is in its weight files, which model is it."""
+"""A base model's folder: is it whole, what is in its weight files, which model is it.
+
+torch is imported when a tensor is read, and not before: a folder that is wrong is refused at once.
+"""
 
 import functools
 import hashlib
@@ -136,10 +139,10 @@ class ModelFolder:
             )
 
     def check_frozen_layers(self, count: int) -> None:
-        """Refuse to keep so many of the first layers as they are.
+        """Refuse to freeze so many layers that none would be left to train.
 
         Raises:
-            UserError: that would be all of them.
+            UserError: the model has no more layers.
         """
         layers = self.config.get("num_hidden_layers", 32)  # what transformers takes for given
         if count >= layers:
@@ -152,11 +155,10 @@ class ModelFolder:
             )
 
     def check_length(self, tokens: int) -> None:
-        """Refuse examples of so many tokens.
+        """Refuse examples of so many tokens, where the model's attention reaches back less far.
 
         Raises:
-            UserError: the model was trained with attention that reaches back less far (Mistral's sliding window), which
-                is not computed here.
+            UserError: it was trained with a sliding window (Mistral), which is not computed here.
         """
         from transformers import AutoConfig
 

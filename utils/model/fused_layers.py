@@ -28,7 +28,7 @@ ALIGNED = 8
 
 
 def why_plain(config: TrainingConfig, model: dict[str, Any], device: torch.device, dtype: torch.dtype) -> str:
-    """Why these layers can't stand in for those of a model with such a config.json; '' if they can."""
+    """Why the fused layers can't stand in for those of a model with such a config.json; '' if they can."""
     if not varlen_kernel(device, dtype):
         return _("it needs bf16 or fp16 on an NVIDIA card, a P100 or newer")
     family = FAMILIES.get(model["model_type"])

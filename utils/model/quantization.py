@@ -102,7 +102,7 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def dequantize_fused(cls, dtype: torch.dtype, *stored: torch.Tensor) -> torch.Tensor:
-        """As `dequantize_stored`, in operations that a compiler joins with others, and takes longer to compile."""
+        """The weight in `dtype`, in operations that a compiler joins with others, and takes longer to compile."""
         return cls.dequantize_stored(dtype, *stored)
 
     def dequantize(self) -> torch.Tensor:

@@ -38,6 +38,7 @@ def open_tensors(file: Path) -> Any:
 
 
 def tensor_names(file: Path) -> list[str]:
+    """The names of all tensors of a weight file."""
     with open_tensors(file) as tensors:
         return list(tensors.keys())
 

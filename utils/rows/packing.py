@@ -104,7 +104,7 @@ class StepTokens(NamedTuple):
 
 
 def tokens_of_a_step(examples: Sequence[Example], schedule: Schedule, processes: int) -> StepTokens:
-    """What each of the processes has of a step, by the weights of the examples."""
+    """How many tokens each process computes in a step, by the loads of the examples."""
     weights, shared = [example.load for example in examples], shared_tokens(examples)
     # Processes do not share a step out quite evenly.
     largest = math.ceil(1.02 * schedule.largest_step(weights) / processes)

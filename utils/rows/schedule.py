@@ -55,7 +55,7 @@ class Schedule:
         return order[start : start + self.global_batch_size]
 
     def largest_step(self, lengths: Sequence[int]) -> int:
-        """The most of a step, of the first 200, where example i counts lengths[i]."""
+        """What the largest of the first 200 steps counts, where example i counts lengths[i]."""
         array = np.asarray(lengths)
         return max(int(array[self.indices(step)].sum()) for step in range(min(self.total_steps, 200)))
 

@@ -42,7 +42,7 @@ class BaseIdentity:
 
     @classmethod
     def from_dict(cls, described: dict[str, Any]) -> "BaseIdentity":
-        """Read from what training_config.json holds."""
+        """The identity that a training_config.json holds."""
         return cls(
             described["base_model_fingerprint"],
             described.get("base_model_digests", {}),
@@ -50,7 +50,7 @@ class BaseIdentity:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What training_config.json holds of it."""
+        """The identity as training_config.json holds it."""
         return {
             "base_model_fingerprint": self.fingerprint,
             "base_model_digests": self.digests,

@@ -254,7 +254,7 @@ def size_of(tensors: dict[str, dict[str, Any]]) -> int:
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The folders step-N, newest first."""
+    """The checkpoints' folders step-N of a folder, newest first."""
     numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 

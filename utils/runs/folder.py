@@ -90,7 +90,7 @@ def move_aside(folder: Path, checkpoints: Path) -> None:
 
 
 def set_newer_aside(checkpoints: Path, chosen: Checkpoint) -> list[str]:
-    """A run that goes on from an older checkpoint must not meet the newer ones (damaged, or not chosen) again.
+    """Set checkpoints newer than the chosen one aside (damaged, or not chosen): the run must not meet them again.
 
     Returns:
         What to tell.

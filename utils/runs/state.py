@@ -44,7 +44,7 @@ class RunState:
 
     @classmethod
     def from_dict(cls, values: Any) -> "RunState":
-        """Read what this version or an earlier one has written.
+        """The state that this version or an earlier one has written into a checkpoint's JSON.
 
         Raises:
             ValueError: something is missing or of another type; the message is for people.
