@@ -52,8 +52,10 @@ class Flag:
         return {bool: "true|false", int: "N", float: "X", str: "TEXT"}.get(self.kind, "[a,b]")
 
     def read(self, given: Any) -> Any:
-        """The value of the flag, of its text or of what a call from Python gives. Raises ValueError with what was
-        expected.
+        """The value of the flag, of its text or of what a call from Python gives.
+
+        Raises:
+            ValueError: with what was expected.
         """
         if given is None and self.may_be_none:
             return None
@@ -135,7 +137,7 @@ def call(main: Callable[..., object], config_class: type, argv: list[str]) -> ob
 
 
 def find_problems(config: Any) -> Iterator[str]:
-    """What the dataclass, and those within it, say of their own values."""
+    """The problems that a configuration, and those within it, find in their own values."""
     yield from getattr(config, "problems", lambda: ())()
     for field in fields(config):
         if is_dataclass(getattr(config, field.name)):

@@ -41,7 +41,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Whatever a user can put right leaves as a UserError, Ctrl-C as Interrupted; for a command's `main`.
+    """A context that whatever a user can put right leaves as a UserError, Ctrl-C as Interrupted; for a `main`.
 
     Raises:
         UserError: a file may not be read or written, the disk is full, or the card's memory does not suffice.

@@ -38,7 +38,7 @@ class HubData:
 
     @classmethod
     def named(cls, data_path: str) -> "HubData":
-        """Read a data_path."""
+        """What a data_path that begins with `hub:` names; without a split it is train."""
         match = HUB_PATH.fullmatch(data_path)
         assert match, "configs/datasets.py lets no other through"
         given = {name: value or "" for name, value in match.groupdict().items()}

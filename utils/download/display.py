@@ -46,7 +46,7 @@ class Display:
         self._next_line = 0.0
 
     def begin(self, stage: str, title: str, total: int, done: int = 0) -> None:
-        """A stage of `total` bytes begins, of which `done` were there before. Programs know it by `stage`."""
+        """Begin a stage of `total` bytes, of which `done` were there before. Programs know it by `stage`."""
         with self._lock:
             self.stage, self.title, self.total, self.done = stage, title, total, done
             self.files.clear()
@@ -54,29 +54,29 @@ class Display:
             self._next_line = time.monotonic() + self.seconds_between_lines
 
     def start_file(self, path: str, size: int, done: int = 0) -> None:
-        """A file is under way, with `done` bytes of it here."""
+        """Take note that a file is under way, with `done` bytes of it here."""
         with self._lock:
             self.files[path] = [done, size]
 
     def advance(self, path: str, count: int) -> None:
-        """Bytes of a file came in (or, below zero, are to come in again)."""
+        """Count bytes of a file that came in (or, below zero, are to come in again)."""
         with self._lock:
             self.done += count
             if path in self.files:
                 self.files[path][0] += count
 
     def received(self, count: int) -> None:
-        """Bytes came over the network, wanted or not."""
+        """Count bytes that came over the network, wanted or not."""
         with self._lock:
             self.fetched += count
 
     def finish_file(self, path: str) -> None:
-        """A file is proved."""
+        """Take note that a file is proved."""
         with self._lock:
             self.files.pop(path, None)
 
     def tick(self) -> None:
-        """Called a few times a second while a stage runs."""
+        """Show the progress where it is time to; called a few times a second while a stage runs."""
         now = time.monotonic()
         if now >= self._next_line:
             self._next_line = now + self.seconds_between_lines
@@ -84,7 +84,7 @@ class Display:
                 self.show_progress()
 
     def end(self) -> None:
-        """The stage is over, or was broken off."""
+        """End a stage that is over, or was broken off."""
 
     def note(self, text: str, event: str = "note", **values: object) -> None:
         """Say something. Programs get `event` and the values too."""
@@ -92,7 +92,7 @@ class Display:
             self.show_note(text, event, values)
 
     def failure(self, message: str, status: int) -> None:
-        """It ends here; people read the message on standard error, programs also here."""
+        """End with a failure; people read its message on standard error, programs also here."""
         self.end()
 
     def rate(self) -> float:
@@ -105,7 +105,7 @@ class Display:
         return max(0.0, (self.done - done) / max(now - began, 1e-3))
 
     def show_progress(self) -> None:
-        """A plain line."""
+        """Show how far the stage is, as a plain line."""
         rate = self.rate()
         left = readable_time((self.total - self.done) / rate) if rate > 0 else _("unknown")
         line = _(
@@ -121,7 +121,7 @@ class Display:
         self.say(f"{line}; {files}" if files else line)
 
     def show_note(self, text: str, event: str, values: dict[str, object]) -> None:
-        """A plain line."""
+        """Show a note, as a plain line."""
         self.say(text)
 
 
@@ -217,7 +217,7 @@ def make_display(as_json: bool) -> Display:
 
 
 def readable_size(count: float) -> str:
-    """1536 -> 1.5 KiB."""
+    """A number of bytes for people: 1536 -> 1.5 KiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -226,7 +226,7 @@ def readable_size(count: float) -> str:
 
 
 def readable_time(seconds: float) -> str:
-    """3725 -> 1 h 02 min."""
+    """A time span for people: 3725 -> 1 h 02 min."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -37,7 +37,7 @@ class Patience:
         self._told: dict[tuple[str, str], float] = {}
 
     def renew(self) -> None:
-        """Something got through."""
+        """Take note that something got through: the patience begins anew."""
         self._last_progress = time.monotonic()
 
     def wait(self, error: TransientError, failures: int, what: str) -> None:
@@ -156,7 +156,7 @@ class SourcePool:
         raise UserError("\n".join(reasons))
 
     def succeeded(self) -> None:
-        """A good piece came through."""
+        """Take note that a good piece came through from a source."""
         self._failures = 0
 
     def failed(self, source: Source, file: RemoteFile) -> None:

@@ -69,7 +69,7 @@ def prove_existing(folder: Path, listing: Listing, display: Display) -> set[str]
 
 
 def check_room(folder: Path, missing: Listing) -> None:
-    """Refuse to begin what can't end.
+    """Refuse a download that the disk has no room for.
 
     Raises:
         UserError: the disk has less room than the files need.

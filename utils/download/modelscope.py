@@ -13,7 +13,7 @@ from utils.download.source import Source
 
 
 class ModelScopeSource(Source):
-    """A repository there. ModelScope keeps a history of its own, so the SHA-256 alone identifies a file."""
+    """A repository at ModelScope, which keeps a history of its own, so the SHA-256 alone identifies a file."""
 
     LONGEST_LISTING = 3000
     """A list of this length may have been cut by the server, which does not say so."""
