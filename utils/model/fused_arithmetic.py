@@ -199,7 +199,7 @@ def _linear(x: torch.Tensor, group: Group) -> tuple[Tensors, torch.Tensor | None
 
 
 def _narrow(x: torch.Tensor, group: Group) -> torch.Tensor | None:
-    """A x."""
+    """A x of all the group's adapters, side by side; None where there are none."""
     return None if group.a is None else x @ group.a.t()
 
 

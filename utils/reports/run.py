@@ -225,7 +225,7 @@ def after_last_step(trainer: Trainer, output: Path) -> list[str]:
     """What is said at the end: what came of the run, and what to do with it; a line each."""
     config = trainer.config
     first, last = _first_and_last_loss(output)
-    held_out = "" if trainer.last_eval_loss is None else _(", held-out loss {loss}", loss=_loss(trainer))
+    held_out = "" if trainer.last_eval_loss is None else _(", held-out loss {loss}", loss=_held_out_loss(trainer))
     lines = [
         _(
             "Done: {steps} steps, training loss {first} -> {last}{held_out}",
@@ -264,7 +264,7 @@ def _first_and_last_loss(output: Path) -> tuple[str, str]:
     return (f"{losses[0]:.3f}", f"{losses[-1]:.3f}") if losses else ("-", "-")
 
 
-def _loss(trainer: Trainer) -> str:
+def _held_out_loss(trainer: Trainer) -> str:
     """The last held-out loss, as text; - where there is none."""
     return "-" if trainer.last_eval_loss is None else f"{trainer.last_eval_loss:.3f}"
 
@@ -296,7 +296,7 @@ def card_of_run(trainer: Trainer, output: Path) -> str:
         _("steps"): f"{trainer.done} ({schedule.global_batch_size} " + _("examples each") + ")",
         _("learning rate"): f"{config.lr:g}, {config.scheduler}",
         _("training loss"): f"{first} -> {last}" if first != "-" else "-",
-        _("held-out loss"): _loss(trainer),
+        _("held-out loss"): _held_out_loss(trainer),
         _("most memory"): f"{peak_memory_gb(trainer.world):.1f} GB" if trainer.world.device.type == "cuda" else "CPU",
         _("command"): f"`python llama_finetuning.py {shlex.join(flags_of(config))}`",
     }

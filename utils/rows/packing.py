@@ -35,14 +35,14 @@ def share_out(
     Returns:
         Micro-batches as positions in `examples`, those of rank r at [r::world_size]; some may be empty.
     """
-    weights = [example.load for example in examples]
-    lightest, least_shared = min(weights), min(example.shared_length for example in examples)
+    loads = [example.load for example in examples]
+    lightest, least_shared = min(loads), min(example.shared_length for example in examples)
     most = min(micro_batch_size or len(examples), max(1, (token_budget - least_shared) // lightest))
     # Two that would not fit beside an equal never share a micro-batch.
     alone = sum(2 * example.load + example.shared_length > token_budget for example in examples)
-    needed = max(-(-load_of_a_row(examples) // token_budget), -(-len(weights) // most), alone, 1)
+    needed = max(-(-load_of_a_row(examples) // token_budget), -(-len(loads) // most), alone, 1)
     count = -(-needed // world_size) * world_size
-    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+    order = sorted(range(len(loads)), key=lambda i: (-loads[i], i))
     while True:
         batches: list[list[int]] = [[] for _ in range(count)]
         present: list[set[bytes]] = [set() for _ in range(count)]
@@ -105,10 +105,10 @@ class StepTokens(NamedTuple):
 
 def tokens_of_a_step(examples: Sequence[Example], schedule: Schedule, processes: int) -> StepTokens:
     """How many tokens each process computes in a step, by the loads of the examples."""
-    weights, shared = [example.load for example in examples], shared_tokens(examples)
+    loads, shared = [example.load for example in examples], shared_tokens(examples)
     # Processes do not share a step out quite evenly.
-    largest = math.ceil(1.02 * schedule.largest_step(weights) / processes)
-    mean = min(math.ceil(sum(weights) / len(weights) * schedule.global_batch_size / processes), largest)
+    largest = math.ceil(1.02 * schedule.largest_step(loads) / processes)
+    mean = min(math.ceil(sum(loads) / len(loads) * schedule.global_batch_size / processes), largest)
     return StepTokens(largest + shared, mean + shared, shared)
 
 
