@@ -1,13 +1,14 @@
-"""Files of others: what is wrong with one is said by file and line; and the room on a disk."""
+"""Files of others: what is wrong with one is said by file and line; the room on a disk, and what stays on it."""
 
 import math
 import shutil
 from collections import namedtuple
 
 import pytest
+from helpers.disk import DiskRecord
 
 from configs.errors import UserError
-from utils.files import free_space, read_json
+from utils.files import flush, free_space, read_json, write_durably
 
 
 @pytest.mark.parametrize(
@@ -54,3 +55,19 @@ def test_room_is_looked_for_where_a_folder_will_be(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert free_space(tmp_path) == free_space(tmp_path / "not" / "yet") == 7
     assert free_space(type(tmp_path)("relative/path")) == 7
+
+
+def test_a_text_is_on_the_disk_before_it_takes_its_name_and_the_name_after(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("old")
+    disk = DiskRecord(tmp_path, monkeypatch)
+    write_durably(tmp_path / "a.json", "你好\n")
+    assert disk.events == ["flush a.json.tmp", "rename a.json.tmp -> a.json", "flush ."]
+    assert disk.flushed["a.json.tmp"] == (tmp_path / "a.json").read_bytes() == "你好\n".encode()
+
+
+def test_files_and_folders_are_flushed(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("a")
+    disk = DiskRecord(tmp_path, monkeypatch)
+    flush(tmp_path / "a")
+    flush(tmp_path)
+    assert disk.events == ["flush a", "flush ."]

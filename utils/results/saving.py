@@ -10,7 +10,7 @@ from torch import nn
 
 from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
-from utils.files import write_json
+from utils.files import flush, replace_durably, write_json
 from utils.results.model_files import SHARD_BYTES, make_readable, stored_dtype, write_model
 from utils.runs.description import TRAINING_CONFIG
 
@@ -27,7 +27,7 @@ def save_result(
 ) -> None:
     """Hand a run's result over into its output folder: an adapter, or the whole model with its tokenizer.
 
-    Each file appears whole or not at all.
+    Each file appears whole or not at all, whatever instant a power cut chooses.
 
     Args:
         tensors: (parameter name, tensor), whole and on the CPU: the adapter's, or all of a model's. A model's are taken
@@ -49,5 +49,6 @@ def save_result(
     make_readable(staging)
     # training_config.json goes last: its `trained_steps` says that the files beside it are this run's.
     for file in sorted(staging.iterdir(), key=lambda file: file.name == TRAINING_CONFIG):
-        file.replace(folder / file.name)
+        flush(file)
+        replace_durably(file, folder / file.name)
     staging.rmdir()

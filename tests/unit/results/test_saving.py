@@ -3,7 +3,9 @@
 import json
 import weakref
 
+import pytest
 import torch
+from helpers.disk import DiskRecord
 from helpers.trainers import make_trainer
 from safetensors.torch import load_file, save_file
 
@@ -59,3 +61,27 @@ def test_a_model_is_saved_without_ever_being_whole_in_memory(tiny_model, tmp_pat
     saved = dict(ModelFolder(tmp_path).tensors())
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], parameter) for name, parameter in expected.items())
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_what_says_that_a_result_is_whole_comes_after_it(tiny_model, tmp_path, monkeypatch, use_peft):
+    """training_config.json: its `trained_steps` makes a run a finished one. A power cut must not leave it alone."""
+    trainer = make_trainer(tiny_model, tmp_path, use_peft=use_peft)
+    description = describe_run(trainer.config, Tokenizer(tiny_model), PromptTemplate(), BaseIdentity(""))
+    disk = DiskRecord(tmp_path, monkeypatch)
+    tensors = ((name, parameter.detach()) for name, parameter in trainer.parameters.items())
+    saving.save_result(trainer.config, trainer.model, tensors, {**description, "trained_steps": 3}, "the card")
+    expected = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    if not use_peft:
+        expected = "README.md config.json generation_config.json model.safetensors".split()
+        expected += "tokenizer.model tokenizer_config.json".split()
+    written_before = disk.events.index(next(event for event in disk.events if event.startswith("flush")))
+    handing_over = [event for event in disk.events[written_before:] if event != "remove .saving"]
+    of_each_file = [handing_over[start : start + 3] for start in range(0, len(handing_over), 3)]
+    assert [*sorted(of_each_file[:-1]), of_each_file[-1]] == [
+        [f"flush .saving/{name}", f"rename .saving/{name} -> {name}", "flush ."]
+        for name in [*expected, "training_config.json"]
+    ]
+    for name in [*expected, "training_config.json"]:
+        assert disk.flushed[f".saving/{name}"] == (tmp_path / name).read_bytes()
+    assert not (tmp_path / ".saving").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers.disk import DiskRecord
 from helpers.run_states import run_state
 
 from configs.errors import UserError
@@ -85,6 +86,33 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints(tmp_path):
     assert content(tmp_path) == before
     write(tmp_path, 20)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-20"]
+    assert newest_whole(tmp_path)[0].step == 20
+
+
+def test_a_power_cut_at_any_instant_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """Files, then the mark that promises them, then the folder; then its name; and only then the oldest goes."""
+
+    def save(_tensors, checkpoint_id: Path, no_dist: bool) -> None:
+        for name in (".metadata", "__0_0.distcp"):
+            (checkpoint_id / name).write_text(f"content of {name}")
+
+    write(tmp_path, 3, 5)
+    (tmp_path / "step-7").mkdir()  # of a run that was set back
+    monkeypatch.setattr(dcp, "save", save)
+    disk = DiskRecord(tmp_path, monkeypatch)
+    write(tmp_path, 7)
+    assert disk.events == [
+        "flush step-7.unfinished/.metadata",
+        "flush step-7.unfinished/__0_0.distcp",
+        "flush step-7.unfinished/complete.json",
+        "flush step-7.unfinished",
+        "remove step-7",
+        "rename step-7.unfinished -> step-7",
+        "flush .",
+        "remove step-3",
+    ]
+    for path in (tmp_path / "step-7").iterdir():
+        assert disk.flushed[f"step-7.unfinished/{path.name}"] == path.read_bytes()
 
 
 def test_what_a_kill_left_half_written_goes_with_the_next_checkpoint(tmp_path):
