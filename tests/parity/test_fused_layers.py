@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.tiny_models import make_model
 from helpers.trainers import make_trainer, project_logits, save_adapter, train
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -15,6 +16,7 @@ from utils.model.adapters import add_adapter, trainable_parameters
 from utils.model.decoder import causal_lm, forward_hidden, run_plain
 from utils.model.folder import ModelFolder
 from utils.model.fused_layers import FusedLayers, why_plain
+from utils.model.quantization import QUANTIZED_LINEARS, Int8Linear
 from utils.model.weights import load_base_model
 from utils.rows.segments import Segments
 from utils.runs.checkpoint import read_checkpoint
@@ -222,12 +224,28 @@ def test_a_run_learns_the_same_and_its_adapter_is_plain_pefts(grouped_model, tmp
         assert (trained - project_logits(base, SEQUENCE)).abs().max() > 0.1
 
 
+def weight_of_a_plain_loop(layer) -> torch.Tensor:
+    """The weight that a quantised layer stores, in fp32: a number after the other."""
+    if isinstance(layer, Int8Linear):
+        rows = zip(layer.weight.tolist(), layer.scale.flatten(), strict=True)
+        return torch.stack([torch.stack([number * scale for number in row]) for row, scale in rows])
+    numbers = []
+    for byte in layer.weight.flatten().tolist():
+        for code in (byte >> 4, byte & 15):
+            block = len(numbers) // 64
+            scale = layer.absmax_code[int(layer.absmax[block])] * layer.absmax_absmax[block // 256]
+            numbers.append(layer.code[code] * (scale + layer.absmax_offset))
+    return torch.stack(numbers).view(layer.out_features, layer.in_features)
+
+
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_compiled_dequantisation_is_the_same_bit_by_bit(grouped_model, quantization, monkeypatch):
-    model = load_base_model(ModelFolder(grouped_model), torch.float32, [CPU], quantization)
-    layer = model.model.layers[0].mlp.down_proj
-    for dtype in (torch.float32, torch.bfloat16):
-        expected = layer.dequantize_stored(dtype, *layer.stored())
+def test_dequantisation_compiled_or_not_is_a_plain_loops_bit_by_bit(quantization, monkeypatch):
+    """Computed in fp32, and rounded once."""
+    layer = QUANTIZED_LINEARS[quantization](nn.Linear(128, 20, bias=False, device="meta"), torch.float32)
+    layer.quantize_(torch.randn(20, 128, generator=torch.Generator().manual_seed(0)) * 0.05)
+    expected = weight_of_a_plain_loop(layer)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(layer.dequantize_stored(dtype, *layer.stored()), expected.to(dtype))
         monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-        assert torch.equal(layer.dequantize_fused(dtype, *layer.stored()), expected)
+        assert torch.equal(layer.dequantize_fused(dtype, *layer.stored()), expected.to(dtype))
         monkeypatch.undo()

@@ -2,15 +2,21 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from helpers.run_states import run_state
 from helpers.settings import world
 from helpers.trainers import make_trainer, train
 
 from configs.fsdp import FsdpConfig
 from utils.machine.world import World
+from utils.planning.estimate import Estimate
 from utils.reports import run as report
+from utils.runs.checkpoint import Checkpoint
+from utils.runs.description import DESCRIBED, write_training_config
+from utils.runs.start import Start
 from utils.training.step_plan import StepPlan
 
 pytestmark = pytest.mark.usefixtures("english")
@@ -181,3 +187,72 @@ def test_the_end(tiny_model, tmp_path):
     assert report.after_last_step(trainer, tmp_path)[0].endswith(", held-out loss 1.235")
     trainer.config = replace(trainer.config, save_model=False)
     assert report.after_last_step(trainer, tmp_path)[1:] == [f"In {tmp_path}: metrics.jsonl, loss.png"]
+
+
+def test_what_was_found_in_the_output_folder(trainer):
+    def said(start: Start) -> list[str]:
+        lines = []
+        report.start_notes(start, Path("out"), lines.append)
+        return lines
+
+    checkpoint = Checkpoint(Path("out/checkpoints/step-3"), run_state(3))
+    start = Start(trainer.schedule, {}, None, False, ["a note", "another"])
+    assert said(start) == ["a note", "another"]
+    assert said(replace(start, checkpoint=checkpoint)) == ["a note", "another", "Going on from out/checkpoints/step-3."]
+    assert said(replace(start, notes=[], checkpoint=checkpoint, is_finished=True)) == [
+        "This run is finished: 3 steps, the result is in out. For more, raise --num_epochs; to begin anew, "
+        "--resume none."
+    ]
+
+
+def test_what_interruptions_cost(trainer, tmp_path):
+    trainer.done = 40
+    write_training_config(tmp_path, dict.fromkeys(DESCRIBED) | {"repeated_steps": [2, 0, 5]})
+    assert "Interruptions: 3; steps that had to be done again: 7 of 40" in report.after_last_step(trainer, tmp_path)
+    write_training_config(tmp_path, dict.fromkeys(DESCRIBED) | {"repeated_steps": []})
+    assert not [line for line in report.after_last_step(trainer, tmp_path) if line.startswith("Interruptions")]
+
+
+def test_the_peak_beside_its_estimate(trainer, tmp_path, monkeypatch):
+    """7 + 3 before activations; 4 + 1.5 - 0.5 of them, and 0.07 of workspaces: 15.07. A card must have more."""
+    parts = Estimate(7e9, 3e9, activations=4e9, temporary=1.5e9, logits=0.25e9, unmade=0.5e9, last=1e9)
+    trainer.world = world(1)
+    monkeypatch.setattr(report, "peak_memory_gb", lambda _world: 14.5)
+    monkeypatch.setattr(report, "estimate_of_run", lambda _trainer: parts)
+    assert line_of(report.after_last_step(trainer, tmp_path), "Memory: ") == (
+        "Memory: 14.50 GB at most, 15.07 GB by the estimate (weights 7.00, trained 3.00 less 0.50 that come later, "
+        "activations 4.00, temporary 1.50, logits 0.25)"
+    )
+
+
+def test_how_much_was_compiled(trainer, tmp_path, monkeypatch):
+    monkeypatch.setitem(torch._dynamo.utils.counters, "stats", {"unique_graphs": 7})
+    assert not [line for line in report.after_last_step(trainer, tmp_path) if line.startswith("Compiled")]
+    trainer.setup = replace(trainer.setup, compiles=True)
+    assert line_of(report.after_last_step(trainer, tmp_path), "Compiled: ").startswith("Compiled: 7 pieces of code;")
+
+
+def test_the_model_card(tiny_model, tmp_path):
+    settings = {"batch_size_training": 3, "num_epochs": 2, "max_steps": 4, "lr": 2e-3, "quantization": "8bit"}
+    trainer = make_trainer(tiny_model, tmp_path, **settings)
+    trainer.config.alpaca_dataset.data_path = "a b.json"
+    trainer.data.held_out[:] = trainer.data.training[:2]
+    losses = train(trainer)
+    rows = dict(
+        line.strip("| ").split(" | ")
+        for line in report.card_of_run(trainer, tmp_path).splitlines()
+        if line.startswith("| ") and "---" not in line and line != "| | |"
+    )
+    command = rows.pop("command")
+    assert command.startswith("`python llama_finetuning.py --model_name ") and "--lr 0.002" in command
+    assert rows == {
+        "base model": f"`{tiny_model}`",
+        "method": "lora",
+        "base held in": "8bit",
+        "data": "`a b.json`, 8 examples, 2 held out",
+        "steps": "4 (3 examples each)",
+        "learning rate": "0.002, constant",
+        "training loss": f"{losses[0]:.3f} -> {losses[3]:.3f}",
+        "held-out loss": f"{trainer.last_eval_loss:.3f}",
+        "most memory": "CPU",
+    }
