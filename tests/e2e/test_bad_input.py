@@ -325,7 +325,8 @@ def test_layers_that_the_model_does_not_have(tiny_model, data_file, tmp_path):
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in message
 
 
-def test_a_port_that_is_taken(tiny_model):
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(tiny_model, monkeypatch):
+    monkeypatch.setattr("inference.loading.load_engine", lambda *_arguments: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         message = complaint(api_stream.main, "--base_model", tiny_model, "--lora_weights", "", "--port", port)
