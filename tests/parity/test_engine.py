@@ -16,7 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from configs.peft import PrefixConfig
 from configs.serving import Sampling
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
 from inference.engine import Engine, PromptTooLong, Statistics
 from inference.loading import load_engine
 from inference.sampling import choose
@@ -249,6 +252,28 @@ def test_recent_turns_keep_the_latest_that_leave_room(engine):
     assert kept == history[-len(kept) :]
     assert len(engine.encode_chat("你好", kept)) + 100 <= 512
     assert len(engine.encode_chat("你好", history[-len(kept) - 1 :])) + 100 > 512
+
+
+def test_recent_turns_leave_half_of_the_context_to_a_long_answer_and_not_more(engine):
+    history = [(f"第{number}个问题", "好" * 20) for number in range(9)]
+    kept = engine.recent_turns("你好", history, room=100_000)
+    assert 0 < len(kept) < 9 and kept == history[-len(kept) :]
+    assert len(engine.encode_chat("你好", kept)) <= 512 // 2
+    assert len(engine.encode_chat("你好", history[-len(kept) - 1 :])) > 512 // 2
+
+
+def test_a_learnt_prefix_takes_its_part_of_the_context(tiny_model, tmp_path):
+    prefix = {"peft_method": "prefix", "prefix_config": PrefixConfig(num_virtual_tokens=7)}
+    model = make_trainer(tiny_model, tmp_path, **prefix).model.eval()
+    engine = Engine(model, Tokenizer(tiny_model), PromptTemplate())
+    room = 512 - 7
+    for length, answer in ((room - 1, 1), (room - 3, 3)):
+        statistics = Statistics()
+        list(engine.stream([1, *[300] * (length - 1)], greedy(repetition_penalty=1.5), statistics))
+        assert statistics.new_tokens <= answer
+        assert statistics.finish_reason == "stop" or statistics.new_tokens == answer
+    with pytest.raises(PromptTooLong, match=f"context has {room}"):
+        engine.encode_chat("好" * 600)
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])

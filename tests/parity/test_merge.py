@@ -219,3 +219,12 @@ def test_an_adapter_of_another_shape_is_refused_and_leaves_nothing(tiny_model, t
     with pytest.raises(UserError, match=r"model\.layers\.1"):
         do_merge(smaller, adapter, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "smaller"]
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tiny_model, adapters, tmp_path, monkeypatch):
+    base = ModelFolder(tiny_model)
+    monkeypatch.setattr("utils.results.merging.free_space", lambda _folder: base.parameter_bytes - 1)
+    monkeypatch.setattr("utils.results.merging.write_model", lambda *_arguments: pytest.fail("written"))
+    with pytest.raises(UserError, match=r"The merged model needs 0\.0 GB, and the disk of .*merged has 0\.0 GB left"):
+        do_merge(tiny_model, adapters[None], tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,8 @@ from utils.machine.world import World
 pytestmark = pytest.mark.usefixtures("english")
 
 STAGES = (
+    "utils.model.folder.ModelFolder.check_vocabulary",
+    "utils.model.folder.ModelFolder.check_frozen_layers",
     "utils.finetune.check_ranks_agree",
     "utils.finetune.hold_folder",
     "utils.finetune.check_shared",
@@ -37,6 +39,8 @@ STAGES = (
 )
 """The functions that are watched."""
 BEFORE_THE_MODEL = [
+    "check_vocabulary",
+    "check_frozen_layers",
     "check_ranks_agree",  # the settings: no process may wait for a lock that another one doesn't want
     "hold_folder",
     "check_shared",  # the output folder
@@ -101,6 +105,16 @@ def test_the_stages_of_a_run_its_extension_and_a_run_that_is_finished(tiny_model
         f"This run is finished: 2 steps, the result is in {output}. For more, raise --num_epochs; to begin anew, "
         "--resume none."
     ]
+
+
+@pytest.mark.parametrize("flags", [["--preview", 1], ["--plan"]])
+def test_a_preview_and_a_plan_load_no_model_and_take_no_lock(tiny_model, data_file, tmp_path, stages, flags):
+    output = tmp_path / "out"
+    more = ["--model_name", tiny_model, "--alpaca_dataset.data_path", data_file, "--output_dir", output, "--use_peft"]
+    call_main(llama_finetuning.main, *more, *flags)
+    assert stages[:2] == ["check_vocabulary", "check_frozen_layers"]
+    assert not {"hold_folder", "load_trainable", "fit", "write_training_config"} & set(stages)
+    assert not output.exists()
 
 
 def test_workers_that_torchrun_starts_anew_go_on_whatever_resume_says(tiny_model, data_file, tmp_path, monkeypatch):

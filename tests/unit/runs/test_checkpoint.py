@@ -185,3 +185,14 @@ def test_room_is_counted_without_what_was_set_aside(tmp_path, monkeypatch):
         else:
             with pytest.raises(UserError, match="Make room"):
                 saver.check_disk_space(state)
+
+
+def test_how_much_room_is_lacking_is_said(tmp_path, monkeypatch):
+    """Two checkpoints of 1.5 GB that are kept, the next one, and a result as large."""
+    monkeypatch.setattr(checkpoint, "size_of", lambda _tensors: 1_500_000_000)
+    monkeypatch.setattr(checkpoint, "free_space", lambda _folder: 2_345_600_000)
+    with pytest.raises(UserError) as refused:
+        Saver(tmp_path, WORLD, keep=2).check_disk_space(tensors(1.0))
+    assert str(refused.value).startswith(
+        f"Checkpoints and result take up to 6,000.0 MB, and the disk of {tmp_path} has 2,345.6 MB. Make room, "
+    )

@@ -1,6 +1,7 @@
 """Where a run begins, by what lies in its folder."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -104,11 +105,46 @@ def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(tmp_path):
     assert find_start(settings(tmp_path), 1, 100, FINGERPRINTS, BASE).checkpoint.step == 3
 
 
+def test_a_start_that_is_refused_leaves_the_newer_checkpoints_where_they_are(tmp_path):
+    for step in (3, 5):
+        leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4, step=step)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    with pytest.raises(UserError, match=r"lr: 0.0001 -> 0.5"):
+        find_start(settings(tmp_path, resume=str(checkpoints / "step-3"), lr=0.5), 1, 100, FINGERPRINTS, BASE)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-3", "step-5"]
+
+
+def test_what_changes_from_start_to_start_is_told_as_it_was_and_as_it_is(tmp_path):
+    leave_checkpoint(settings(tmp_path, batch_size_training=4), world_size=1, global_batch_size=4)
+    config = replace(settings(tmp_path, batch_size_training=2), max_steps=0, num_epochs=1)
+    assert find_start(config, 2, 100, FINGERPRINTS, BASE).notes == [
+        "The run was made by 1 processes and goes on with 2: 4 examples a step, in the same order.",
+        "The run is now longer: 25 steps instead of 9; the learning rate follows the new length.",
+    ]
+
+
+def test_a_run_is_finished_once_its_result_is_there(tmp_path):
+    """The last checkpoint comes before the result: a kill between them must not make the run a finished one."""
+    leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4, step=9)
+    described = dict.fromkeys(DESCRIBED)
+    for written, is_finished in (({}, False), ({"trained_steps": 5}, False), ({"trained_steps": 9}, True)):
+        write_training_config(tmp_path / "out", described | written)
+        assert find_start(settings(tmp_path), 1, 100, FINGERPRINTS, BASE).is_finished == is_finished
+    longer = replace(settings(tmp_path), max_steps=12)
+    assert not find_start(longer, 1, 100, FINGERPRINTS, BASE).is_finished
+
+
 def test_the_base_models_folder_is_no_output_folder(tmp_path):
     config = settings(tmp_path, resume="none")
     config.model_name = config.output_dir
+    model = tmp_path / "out"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.model", "generation_config.json"):
+        (model / name).write_text(name)
     with pytest.raises(UserError, match="base model's own folder"):
         find_start(config, 1, 100, FINGERPRINTS, BASE)
+    for name in ("config.json", "model.safetensors", "tokenizer.model", "generation_config.json"):
+        assert (model / name).read_text() == name  # nothing was moved aside
 
 
 def test_a_checkpoint_without_its_optimizer_is_refused_with_a_way_out(tmp_path):
