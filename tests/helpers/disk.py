@@ -13,6 +13,7 @@ class DiskRecord:
     Attributes:
         events: one line each, in order, with paths relative to the folder.
         flushed: what each file held when it was flushed last, by its name then.
+        fsync: os.fsync, noted.
     """
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +43,7 @@ class DiskRecord:
 
             return removed
 
+        self.fsync = flush
         monkeypatch.setattr(os, "fsync", flush)
         monkeypatch.setattr(os, "replace", move(replace))
         monkeypatch.setattr(os, "rename", move(rename))

@@ -302,3 +302,9 @@ def test_chat_over_a_quantised_base_computes_what_training_did(tiny_model, tmp_p
     plain = load_engine(str(tiny_model), str(tmp_path), None)
     difference = project_logits(plain.model, prompt_ids) - project_logits(engine.model, prompt_ids)
     assert difference.abs().max() > 1e-3
+
+
+def test_speed_is_that_of_the_tokens_after_the_first():
+    """The clock starts with the first new token, which the prompt has taken its time for."""
+    assert Statistics(new_tokens=11, seconds=2.0).tokens_per_second == 5.0
+    assert Statistics(new_tokens=1, seconds=0.0).tokens_per_second == 0.0

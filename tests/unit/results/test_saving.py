@@ -1,6 +1,7 @@
 """The files of a result, written without ever holding all of it."""
 
 import json
+import shutil
 import weakref
 
 import pytest
@@ -85,3 +86,17 @@ def test_what_says_that_a_result_is_whole_comes_after_it(tiny_model, tmp_path, m
     for name in [*expected, "training_config.json"]:
         assert disk.flushed[f".saving/{name}"] == (tmp_path / name).read_bytes()
     assert not (tmp_path / ".saving").exists()
+
+
+def test_a_saved_model_stops_at_every_end_that_its_base_names(tiny_model, tmp_path):
+    base, saved = shutil.copytree(tiny_model, tmp_path / "base"), tmp_path / "saved"
+    (base / "generation_config.json").write_text('{"eos_token_id": [7, 2, 9], "temperature": 0.6}')
+    saved.mkdir()
+    model_files.copy_tokenizer(base, saved, PromptTemplate())
+    settings = json.loads((saved / "generation_config.json").read_text())
+    assert settings == {"eos_token_id": [2, 7, 9], "temperature": 0.6}
+    (base / "generation_config.json").unlink()
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 7]}))
+    model_files.copy_tokenizer(base, saved, PromptTemplate())
+    assert json.loads((saved / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": [2, 7]}
