@@ -31,6 +31,13 @@ def test_cosine_ends_next_to_a_tenth_on_a_long_run():
     assert long[-1] == pytest.approx(0.1, abs=1e-5)
 
 
+def test_a_warm_up_of_a_part_of_a_step_is_a_step():
+    # 15 % of 10 steps are one and a half.
+    assert rates(10, scheduler="cosine", warmup_ratio=0.15)[:3] == pytest.approx([0.5, 1.0, 1.0])
+    # 3 % of 10: one, at the highest rate.
+    assert rates(10, scheduler="cosine", warmup_ratio=0.03)[:2] == pytest.approx([1.0, 1.0])
+
+
 def test_cosine_without_warm_up_begins_at_the_highest_rate():
     assert rates(4, scheduler="cosine", warmup_ratio=0.0)[0] == pytest.approx(1.0)
 
