@@ -102,7 +102,7 @@ def time_in_background(
     folder: Path, tensors: dict[str, dict[str, torch.Tensor]], device: torch.device, repeats: int
 ) -> tuple[float, float, float]:
     """Seconds that `save` takes, until the checkpoint is whole, and that computing meanwhile is slowed by; the best."""
-    saver = checkpoints.Saver(folder, World(0, 0, 1, [device]), keep=2)
+    saver = checkpoints.Saver(folder, World(0, 1, [device]), keep=2)
     matrix = torch.randn(512, 512, device=device)
 
     def products(is_busy: Callable[[], bool]) -> tuple[int, float]:

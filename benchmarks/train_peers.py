@@ -290,7 +290,7 @@ def use_sft_trainer(
 def main(name: str, settings: str) -> None:
     """Run one peer."""
     run = Run(**json.loads(Path(settings).read_text(encoding="utf-8")))
-    limit_memory(World(0, 0, 1, [DEVICE]), run.gpu_memory_gb)
+    limit_memory(World(0, 1, [DEVICE]), run.gpu_memory_gb)
     {"padded": padded, "trl": trl, "unsloth": unsloth_}[name](run)
 
 

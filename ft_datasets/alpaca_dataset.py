@@ -1,7 +1,5 @@
 """Entries in Alpaca's form -> records."""
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +60,3 @@ def _complaint(entry: Any) -> str:
         if has_half_character(entry.get(key) or ""):
             return _('"{key}" holds half a character (a lone surrogate)', key=key)
     return ""
-
-
-def count_duplicates(records: Sequence[Record]) -> int:
-    """How many records repeat the question and answer of an earlier one."""
-    seen = Counter((record.instruction, record.input, record.output) for record in records)
-    return sum(seen.values()) - len(seen)

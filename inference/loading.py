@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import torch
+
 from configs.quantization import Quantization
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from inference.engine import Engine
+from utils.machine.precision import half_precision
 from utils.model.folder import ModelFolder
+from utils.model.weights import load_base_model
 from utils.results.adapter_folder import check_adapter_folder, load_adapter, template_of
 from utils.runs.description import read_training_config
 
@@ -30,11 +34,6 @@ def load_engine(base_model: str, lora_weights: str, quantization: Quantization |
     else:
         described = read_training_config(base.path)
         template = PromptTemplate(**described["prompt_template"]) if described else PromptTemplate()
-
-    import torch
-
-    from utils.machine.precision import half_precision
-    from utils.model.weights import load_base_model
 
     count = torch.cuda.device_count()
     devices = [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]

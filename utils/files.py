@@ -111,6 +111,11 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def json_text(value: Any) -> str:
+    """A value as JSON that people can read."""
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON that people can read; write_durably is for what a crash must not leave in half."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")

@@ -1,6 +1,7 @@
 """One fine-tuning run, stage after stage: begin reading at `fine_tune`."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def fine_tune(
         for folder_of_all in (Path(config.output_dir), config.checkpoints_dir):
             check_shared(world, folder_of_all)
         if was_restarted(world):
-            config.resume = "auto"  # --resume was about the first start
+            config = replace(config, resume="auto")  # --resume was about the first start
         data = read_data(config, world, tokenizer, template, say)
         folder.check_length(data.longest)
         start = find_where_to_start(config, world, folder, tokenizer, template, data)

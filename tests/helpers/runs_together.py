@@ -94,7 +94,7 @@ def _take_part(rank: int, case: Case, model: Path, data: Path, folder: Path) -> 
     try:
         config = parse(TrainingConfig, flags)
         base = ModelFolder(config.model_name)
-        world = World(rank, rank, case.processes, [torch.device("cpu")])
+        world = World(rank, case.processes, [torch.device("cpu")])
         if case.instead:
             case.instead(config, world, base)
         else:

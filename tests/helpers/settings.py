@@ -32,7 +32,7 @@ FULL = TrainingConfig()
 
 def world(cards: int, size: int = 1) -> World:
     """The first of `size` processes, with so many cards."""
-    return World(0, 0, size, [torch.device("cuda", index) for index in range(cards)])
+    return World(0, size, [torch.device("cuda", index) for index in range(cards)])
 
 
 def setup_of(config: TrainingConfig, world: World, longest: int = 512, precision: Precision | None = None) -> Setup:
@@ -47,6 +47,7 @@ def setup_of(config: TrainingConfig, world: World, longest: int = 512, precision
         longest,
         why_plain=why_plain(config, {"model_type": "llama"}, world.device, precision.compute) if on_cpu else "",
         compiles=False,
+        is_sharded=config.enable_fsdp,
         shards=sharding_group_size(config.fsdp_config, world.size) if config.enable_fsdp else 1,
     )
 

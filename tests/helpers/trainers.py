@@ -48,7 +48,7 @@ def make_trainer(model_folder: Path, output: Path, data: Path | None = None, che
         examples = load_data(config, Tokenizer(model_folder), PromptTemplate(), report=lambda _message: None)
     else:
         examples = Data(made_up_examples(), [])
-    folder, world = ModelFolder(model_folder), World(0, 0, 1, [torch.device("cpu")])
+    folder, world = ModelFolder(model_folder), World(0, 1, [torch.device("cpu")])
     schedule = Schedule(
         len(examples.training), config.batch_size_training, config.num_epochs, config.max_steps, config.seed
     )

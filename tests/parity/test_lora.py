@@ -108,7 +108,7 @@ def check_equal(found, expected):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_run_in_16_bits_has_such_layers(grouped_model, tmp_path, dtype):
     config = TrainingConfig(model_name=str(grouped_model), output_dir=str(tmp_path), use_peft=True)
-    setup = setup_of(config, World(0, 0, 1, [CPU]), precision=Precision(dtype, dtype, ""))
+    setup = setup_of(config, World(0, 1, [CPU]), precision=Precision(dtype, dtype, ""))
     module = load_trainable(config, setup, ModelFolder(grouped_model))
     forwards = [layer.forward for layer in module.modules() if hasattr(layer, "lora_A")]
     assert forwards

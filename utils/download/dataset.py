@@ -9,12 +9,12 @@ from yaml import YAMLError
 
 from configs.datasets import FROM_HUB
 from configs.download import DownloadConfig
-from configs.errors import UserError
+from configs.errors import NetworkGaveUpError, UserError
 from configs.messages import _
 from ft_datasets.records import DataFiles, name_records
 from utils.download.dataset_layout import HubData, choose_files, split_of
 from utils.download.display import Display
-from utils.download.failover import NetworkGaveUpError, open_sources
+from utils.download.failover import open_sources
 from utils.download.fetching import fetch
 from utils.download.listing import Listing, check_folder, check_paths
 from utils.download.manifest import Manifest, unfinished_files
@@ -100,7 +100,7 @@ def _fetch(
     except NetworkGaveUpError as error:
         by_hand = f"python model_download.py --repo_type dataset --repo_id {wanted.repository} --local_dir {folder}"
         advice = _("With other flags (--endpoint …) it can be fetched beforehand: {command}", command=by_hand)
-        raise UserError(f"{error}\n{advice}") from error
+        raise NetworkGaveUpError(f"{error}\n{advice}") from error
     say(
         _(
             "{data}, split {split}, commit {commit}: {files}",

@@ -59,7 +59,7 @@ def start_world(one_gpu: bool) -> World:
         # Weights that FSDP keeps in host memory are gathered from there, which NCCL can't do.
         backend = "cpu:gloo,cuda:nccl" if devices[0].type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-    return World(rank, local_rank, size, devices)
+    return World(rank, size, devices)
 
 
 def _check_restarts_can_work() -> None:

@@ -10,6 +10,11 @@ import torch
 from utils.machine.world import World
 
 
+def limit_bytes(gigabytes: float) -> float:
+    """A limit that a user gives in GB (1e9 bytes), in bytes; infinite for 0, which means none."""
+    return gigabytes * 1e9 or math.inf
+
+
 def limit_memory(world: World, gigabytes: float) -> None:
     """Let this process take no more than so much of each of its cards, as if they had no more (0 = no limit)."""
     for device in world.devices:

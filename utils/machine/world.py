@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from configs.errors import UserError
+from configs.errors import NetworkGaveUpError, UserError
 from configs.fsdp import FsdpConfig
 from configs.messages import _
 
@@ -34,7 +34,6 @@ class World:
     """
 
     rank: int
-    local_rank: int
     size: int
     devices: list[torch.device]
 
@@ -70,13 +69,13 @@ def total_across(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gathered_from_all(text: str) -> list[str]:
+def gathered_from_all(value: Result) -> list[Result]:
     """What each process passed, in the order of ranks."""
     if not dist.is_initialized():
-        return [text]
-    gathered: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, text)
-    return [str(item) for item in gathered]
+        return [value]
+    gathered = [value] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def check_ranks_agree(settings: dict[str, object]) -> None:
@@ -85,10 +84,7 @@ def check_ranks_agree(settings: dict[str, object]) -> None:
     Raises:
         UserError: on every process.
     """
-    gathered: list[dict[str, object]] = [settings]
-    if dist.is_initialized():
-        gathered = [{} for _rank in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, settings)
+    gathered = gathered_from_all(settings)
     lines = [
         _("  {name}: {value} on rank {rank}, {main} on rank 0", name=name, value=other.get(name), rank=rank, main=main)
         for name, main in gathered[0].items()
@@ -110,13 +106,13 @@ def from_main(value: Result) -> Result:
 
 
 def decide_on_main(world: World, decide: Callable[[], Result]) -> Result:
-    """Call `decide` on rank 0 alone; what it returns, or the UserError that it raises, reaches every process."""
+    """Call `decide` on rank 0 alone; what it returns, or what it has to tell the user, reaches every process."""
     result: Result | None = None
-    error: UserError | None = None
+    error: UserError | NetworkGaveUpError | None = None
     if world.is_main:
         try:
             result = decide()
-        except UserError as failure:
+        except (UserError, NetworkGaveUpError) as failure:
             error = failure
     result, error = from_main((result, error))
     if error is not None:

@@ -7,13 +7,11 @@ import math
 from dataclasses import dataclass
 
 from configs.training import TrainingConfig
-from utils.model.decoder import causal_lm
 from utils.planning.layer_memory import LAYER_MEMORY
 from utils.planning.shape import Layout, Shape
 from utils.training.loss import CHUNK
 from utils.training.setup import LayerKind, Setup
 from utils.training.step_plan import StepPlan
-from utils.training.trainer import Trainer
 
 WORKSPACES = 0.07e9
 """What cuBLAS takes from torch's allocator (the CUDA context lies outside of it)."""
@@ -163,10 +161,3 @@ def _in_passing(layout: Layout) -> tuple[float, float]:
 def laid_out(config: TrainingConfig, setup: Setup, shape: Shape) -> Layout:
     """How a run with these settings, or a variant of it, lies on the cards of a setup."""
     return Layout.of(config, shape, setup.precision.compute.itemsize, len(setup.world.devices), setup.shards)
-
-
-def estimate_of_run(trainer: Trainer) -> Estimate:
-    """The estimate for what a run has settled on."""
-    setup, shape = trainer.setup, Shape.of(causal_lm(trainer.model).config.to_dict())
-    layout = laid_out(trainer.config, setup, shape)
-    return estimate(layout, setup.layer_kind, trainer.stepper.step_plan, setup.step.largest)

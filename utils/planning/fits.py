@@ -9,6 +9,7 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.quantization import Quantization
 from configs.training import TrainingConfig
+from utils.machine.memory import limit_bytes
 from utils.planning.estimate import Estimate, estimate, laid_out
 from utils.planning.shape import Shape
 from utils.training.setup import Setup
@@ -23,7 +24,7 @@ def check_memory(config: TrainingConfig, setup: Setup, shape: Shape) -> None:
     """
     if setup.world.device.type == "cuda":
         total = min(torch.cuda.get_device_properties(device).total_memory for device in setup.world.devices)
-        refuse_too_little(config, setup, shape, min(config.gpu_memory_gb * 1e9 or math.inf, total))
+        refuse_too_little(config, setup, shape, min(limit_bytes(config.gpu_memory_gb), total))
 
 
 def refuse_too_little(config: TrainingConfig, setup: Setup, shape: Shape, limit: float) -> None:

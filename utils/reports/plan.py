@@ -131,7 +131,7 @@ def _world_of_a_run(enable_fsdp: bool, one_gpu: bool) -> World:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     visible = torch.cuda.device_count() if device.type == "cuda" and not one_gpu else 1
     processes, cards = (max(2, visible), 1) if enable_fsdp else (1, visible)
-    return World(0, 0, processes, [torch.device(device.type, index) for index in range(cards)])
+    return World(0, processes, [torch.device(device.type, index) for index in range(cards)])
 
 
 def _print_run(run: Prospect, data: Data) -> None:

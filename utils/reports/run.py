@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,10 +12,11 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.encoding import describe_lengths
 from ft_datasets.loading import Data
-from utils.machine.memory import peak_memory_gb
+from utils.machine.memory import limit_bytes, peak_memory_gb
 from utils.machine.world import World
-from utils.planning.estimate import estimate, estimate_of_run
-from utils.planning.shape import Layout, Shape
+from utils.model.decoder import causal_lm
+from utils.planning.estimate import Estimate, estimate, laid_out
+from utils.planning.shape import Shape
 from utils.reports.loss_picture import LOSS_PICTURE
 from utils.results.model_card import chat_command, model_card
 from utils.runs.description import read_training_config
@@ -61,8 +62,8 @@ def note_on_cards(config: TrainingConfig, setup: Setup, shape: Shape, say: Say) 
     if len(devices) < 2:
         return
     free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
-    available = min(free, config.gpu_memory_gb * 1e9) if config.gpu_memory_gb else free
-    layout = Layout.of(config, shape, setup.precision.compute.itemsize)
+    available = min(free, limit_bytes(config.gpu_memory_gb))
+    layout = replace(laid_out(config, setup, shape), cards=1)
     least = estimate(layout, "plain", StepPlan(setup.longest, 0))
     if least.needed <= available:
         cards = len(devices)
@@ -168,7 +169,7 @@ def _layer_lines(trainer: Trainer) -> list[str]:
     lines = []
     if setup.why_plain and setup.world.device.type == "cuda":
         lines.append(_("The plain layers are used, not the fast ones: {reason}.", reason=setup.why_plain))
-    if config.enable_fsdp:
+    if setup.is_sharded:
         lines.append(
             _(
                 "Sharding: {strategy}; each process holds 1/{size} of weights, gradients and optimizer",
@@ -267,6 +268,13 @@ def _first_and_last_loss(output: Path) -> tuple[str, str]:
 def _held_out_loss(trainer: Trainer) -> str:
     """The last held-out loss, as text; - where there is none."""
     return "-" if trainer.last_eval_loss is None else f"{trainer.last_eval_loss:.3f}"
+
+
+def estimate_of_run(trainer: Trainer) -> Estimate:
+    """The estimate for what a run has settled on."""
+    setup, shape = trainer.setup, Shape.of(causal_lm(trainer.model).config.to_dict())
+    layout = laid_out(trainer.config, setup, shape)
+    return estimate(layout, setup.layer_kind, trainer.stepper.step_plan, setup.step.largest)
 
 
 def memory_line(trainer: Trainer) -> str:

@@ -13,7 +13,6 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.machine.world import World
 from utils.model.adapters import make_trainable
 from utils.model.digests import whole_digest
 from utils.model.folder import ModelFolder
@@ -60,7 +59,13 @@ def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> Trai
     if state.identity["tokenizer"] != tokenizer.fingerprint:
         raise _made_for(_("another tokenizer"), checkpoint)
     if state.identity["prompt_template"] != repr(template):
-        raise _made_for(_("another prompt template"), checkpoint)
+        raise UserError(
+            _(
+                "{path} was trained with another prompt template than this version has. Go on with its run in the "
+                "version that began it: the run saves its result when it ends.",
+                path=checkpoint.path,
+            )
+        )
     # fp32, as the run trains; nothing is loaded into this model, it tells names and shapes.
     model = empty_base_model(base, torch.float32)
     model = make_trainable(model, config)
@@ -72,7 +77,8 @@ def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> Trai
     description = describe_run(config, tokenizer, template, known)
     description["trained_steps"] = checkpoint.step
     facts = {_("base model"): f"`{config.model_name}`", _("steps"): str(checkpoint.step)}
-    save_result(config, model, _tensors(model, checkpoint, base, config), description, model_card(config, facts))
+    tensors = _tensors(model, checkpoint, base if config.method == "full" else None)
+    save_result(config, model, tensors, description, model_card(config, facts))
     return config
 
 
@@ -87,14 +93,12 @@ def _made_for(what: str, checkpoint: Checkpoint, told: str = "") -> UserError:
     return UserError(f"{message} {told}".strip())
 
 
-def _tensors(
-    model: nn.Module, checkpoint: Checkpoint, base: ModelFolder, config: TrainingConfig
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """What was trained, from the checkpoint; and of a whole model, what stayed as it was, from the base."""
+def _tensors(model: nn.Module, checkpoint: Checkpoint, base: ModelFolder | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """What was trained, from the checkpoint; and of a whole model, what stayed as it was, from its base."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensor = torch.empty(parameter.shape, dtype=parameter.dtype)
-            load_tensors(checkpoint, {"weights": {name: tensor}}, World(0, 0, 1, [torch.device("cpu")]))
+            load_tensors(checkpoint, {"weights": {name: tensor}})
             yield name, tensor
-        elif not config.use_peft:
+        elif base:
             yield name, base.tensor(name)

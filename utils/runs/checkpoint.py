@@ -230,14 +230,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, state)
 
 
-def load_tensors(checkpoint: Checkpoint, tensors: dict[str, dict[str, Any]], world: World) -> None:
+def load_tensors(checkpoint: Checkpoint, tensors: dict[str, dict[str, Any]], together: bool = False) -> None:
     """Fill `tensors` (see run_tensors) in place from a checkpoint.
+
+    Args:
+        together: whether all processes call this, each for its shards or copies.
 
     Raises:
         UserError: the checkpoint holds other tensors than the run has.
     """
     try:
-        dcp.load(tensors, checkpoint_id=checkpoint.path, no_dist=world.size == 1)
+        dcp.load(tensors, checkpoint_id=checkpoint.path, no_dist=not together)
     except (Exception, CheckpointException) as failure:  # dcp has no common type for a missing key or another shape
         raise UserError(
             _(

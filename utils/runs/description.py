@@ -10,7 +10,7 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
-from utils.files import read_json, write_json
+from utils.files import json_text, read_json, write_durably
 from utils.runs.base_model import BaseIdentity
 from utils.runs.checkpoint import Checkpoint
 
@@ -88,6 +88,4 @@ def identity_of_base(checkpoint: Checkpoint) -> BaseIdentity:
 
 def write_training_config(folder: Path, description: dict[str, Any]) -> None:
     """Write training_config.json at a run's start; it is whole at any instant."""
-    staging = folder / (TRAINING_CONFIG + ".new")
-    write_json(staging, description)
-    staging.replace(folder / TRAINING_CONFIG)
+    write_durably(folder / TRAINING_CONFIG, json_text(description))

@@ -12,7 +12,6 @@ from utils.runs.checkpoint import Checkpoint
 from utils.training.response_loss import ResponseLoss
 from utils.training.search import Search
 from utils.training.setup import Setup
-from utils.training.sharding import is_sharded
 from utils.training.step_plan import StepPlan
 from utils.training.trials import Trials
 
@@ -73,7 +72,7 @@ def fit(
         setup.step,
         kept_counts,
         trials.attempt,
-        is_sharded(loss_module),
+        setup.is_sharded,
         trials.host_memory(),
     )
     key = trials.key()
@@ -83,6 +82,6 @@ def fit(
         step_plan = search.best(key)
     if setup.compiles and not is_fused:
         loss_module.compile()
-        if not search.is_sharded:
+        if not setup.is_sharded:
             step_plan = search.shrunk(step_plan)
     return Fitted(key, step_plan)

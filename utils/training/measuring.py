@@ -28,7 +28,7 @@ def peak_of(world: World, attempt: Callable[[], None]) -> float:
         torch.cuda.reset_peak_memory_stats(device)
     attempt()
     peak = max(torch.cuda.max_memory_allocated(device) for device in world.devices)
-    return max(float(answer) for answer in gathered_from_all(str(peak)))
+    return max(gathered_from_all(float(peak)))
 
 
 def memory_limit(world: World) -> float:
@@ -38,7 +38,7 @@ def memory_limit(world: World) -> float:
         free, total = torch.cuda.mem_get_info(device)
         own = free + torch.cuda.memory_reserved(device)
         limits.append(min(own, torch.cuda.get_per_process_memory_fraction(device) * total))
-    return min(float(answer) for answer in gathered_from_all(str(min(limits))))
+    return min(gathered_from_all(float(min(limits))))
 
 
 def fits(world: World, attempt: Callable[[], None]) -> bool:
@@ -67,5 +67,5 @@ def measure(world: World, attempt: Callable[[], None], repeat_for: float = MEASU
     except torch.cuda.OutOfMemoryError:
         seconds = math.inf
     give_back(world.devices)
-    slowest = max(float(answer) for answer in gathered_from_all(str(seconds)))
+    slowest = max(gathered_from_all(seconds))
     return None if math.isinf(slowest) else slowest

@@ -31,7 +31,8 @@ class Setup:
         longest: tokens of the longest example.
         why_plain: why layers are computed by transformers' modules; '' = by the fast layers.
         compiles: whether layers are compiled.
-        shards: processes that share one model out (1: each has it whole).
+        is_sharded: processes share weights, gradients and optimizer out (FSDP).
+        shards: how many share one model out (1: each has it whole).
     """
 
     world: World
@@ -41,6 +42,7 @@ class Setup:
     longest: int
     why_plain: str
     compiles: bool
+    is_sharded: bool
     shards: int
 
     @classmethod
@@ -75,6 +77,7 @@ class Setup:
             data.longest,
             why_plain(config, architecture, world.device, precision.compute),
             should_compile(config.torch_compile, world.device, tokens_left),
+            config.enable_fsdp,
             sharding_group_size(config.fsdp_config, world.size) if config.enable_fsdp else 1,
         )
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from configs.fsdp import FsdpConfig
-from utils.machine.world import World, sharding_group_size
+from utils.machine.world import World
 from utils.model.decoder import causal_lm
 from utils.model.quantization import QuantizedLinear
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard(loss_module: nn.Module, config: FsdpConfig, world: World, gathered: torch.dtype | None) -> None:
+def shard(loss_module: nn.Module, config: FsdpConfig, world: World, shards: int, gathered: torch.dtype | None) -> None:
     """Shard every decoder layer, and the rest as one, in place.
 
     Gradients are summed in fp32, not averaged: the loss is divided by the tokens of all processes already.
 
     Args:
         loss_module: holds `model`; it may lie on the meta device, as weights that are quantised must.
+        shards: processes that share one model out; with fewer than all, groups of them do (hybrid).
         gathered: dtype in which the layers' weights travel and are computed with; None = as they are stored. Embedding
             and head always travel as they are stored: the residual stream has the embedding's dtype, sharded or not.
     """
@@ -36,7 +37,7 @@ def shard(loss_module: nn.Module, config: FsdpConfig, world: World, gathered: to
 
     policy = functools.partial(MixedPrecisionPolicy, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = {
-        "mesh": _mesh(config, world),
+        "mesh": _mesh(world, shards),
         # Pinned memory is what a GPU copies from; there is none without one.
         "offload_policy": CPUOffloadPolicy(world.device.type == "cuda") if config.fsdp_cpu_offload else OffloadPolicy(),
         "reshard_after_forward": config.sharding_strategy != "SHARD_GRAD_OP",
@@ -55,14 +56,13 @@ def shard(loss_module: nn.Module, config: FsdpConfig, world: World, gathered: to
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other way to leave a factor out
 
 
-def _mesh(config: FsdpConfig, world: World) -> "DeviceMesh":
+def _mesh(world: World, shards: int) -> "DeviceMesh":
     """The processes in one row, or (hybrid) in rows that share a model out and columns that hold the same shard."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    size = sharding_group_size(config, world.size)
-    if size == world.size:
-        return init_device_mesh(world.device.type, (size,))
-    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+    if shards == world.size:
+        return init_device_mesh(world.device.type, (shards,))
+    return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from utils.training.loss_scale import LossScale
 from utils.training.optimizer import gradient_norm, step_if_finite
 from utils.training.response_loss import ResponseLoss
 from utils.training.setup import Setup
-from utils.training.sharding import is_sharded, recover
+from utils.training.sharding import recover
 from utils.training.step_plan import StepPlan
 
 Row = tuple[PackedBatch, bool]
@@ -80,7 +80,7 @@ class Stepper:
         examples, loss = self._gradients_that_fit(step)
         if step + 1 < self.setup.schedule.total_steps:  # while the card is busy with this step
             self._prepared = {(step + 1, self.step_plan): self._prepare(step + 1)}
-        if not is_sharded(self.loss_module):
+        if not self.setup.is_sharded:
             sum_gradients(self.parameters)
         loss, norm = total_across(loss), gradient_norm(self.parameters).to(loss) / self.loss_scale.value
         for group in self.optimizer.param_groups:

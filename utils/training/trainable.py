@@ -24,15 +24,16 @@ def load_trainable(config: TrainingConfig, setup: Setup, folder: ModelFolder) ->
     """
     world, precision = setup.world, setup.precision
     model = empty_base_model(folder, precision.weights, config.quantization)
-    if not config.enable_fsdp:
+    if not setup.is_sharded:
         load_weights(model, folder, world.devices)
     model = make_trainable(model, config)
     if setup.why_plain and precision.compute != torch.float32:
         add_before_rounding(model)
     module = ResponseLoss(model, precision.compute, None if setup.why_plain else FusedLayers(model, precision.compute))
-    if config.enable_fsdp:
+    if setup.is_sharded:
         # An adapter's frozen base is in the compute dtype already; a full fine-tuning's fp32 layers travel in it.
-        shard(module, config.fsdp_config, world, precision.compute if config.method == "full" else None)
+        gathered = precision.compute if config.method == "full" else None
+        shard(module, config.fsdp_config, world, setup.shards, gathered)
         host = torch.device("cpu") if config.fsdp_config.fsdp_cpu_offload else None
         load_weights(model, folder, [world.device], host)
     module.refresh()

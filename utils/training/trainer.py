@@ -73,7 +73,8 @@ class Trainer:
             UserError: the checkpoint holds other tensors than the run has.
         """
         state = checkpoint.state
-        load_tensors(checkpoint, run_tensors(self.parameters, self.optimizer), self.world)
+        tensors = run_tensors(self.parameters, self.optimizer)
+        load_tensors(checkpoint, tensors, together=self.world.size > 1)
         self.stepper.loss_module.refresh()
         loss_scale = LossScale(**state.loss_scale)
         if loss_scale.is_used == self.stepper.loss_scale.is_used:  # another card may compute in another type

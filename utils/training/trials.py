@@ -19,7 +19,7 @@ from utils.training.measuring import cards_of
 from utils.training.optimizer import create_state
 from utils.training.response_loss import ResponseLoss
 from utils.training.setup import Setup
-from utils.training.sharding import is_sharded, recover
+from utils.training.sharding import recover
 from utils.training.step_plan import HostMemory, StepPlan, host_seconds
 
 DEPENDS_ON = (
@@ -53,7 +53,7 @@ class Trials:
             "torch": torch.__version__,
             "cards": limits,
             "model": causal_lm(self.loss_module.model).config.to_dict(),
-            "sharded": is_sharded(self.loss_module),
+            "sharded": self.setup.is_sharded,
             "compute": str(self.setup.precision.compute),
             "compiles": self.setup.compiles,
             "longest": self.setup.longest,
@@ -72,7 +72,7 @@ class Trials:
         copying, pinning = host_seconds(world.device)
         give_back_host()
         own = free_main_memory() / 4 / world.size, copying * sum(fused.kept_bytes), pinning
-        rooms, seconds, pin_seconds = zip(*map(json.loads, gathered_from_all(json.dumps(own))), strict=True)
+        rooms, seconds, pin_seconds = zip(*gathered_from_all(own), strict=True)
 
         def bytes_of(tokens: int) -> int:
             return sum(2 ** math.ceil(math.log2(tokens * each)) for each in fused.kept_bytes)  # torch rounds them up

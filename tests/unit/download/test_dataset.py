@@ -13,7 +13,7 @@ from soak_download import OPTIONS
 from configs.command_line import find_problems
 from configs.datasets import AlpacaDataset
 from configs.download import DownloadConfig
-from configs.errors import UserError
+from configs.errors import NetworkGaveUpError, UserError
 from ft_datasets.alpaca_dataset import Record, load_records
 from ft_datasets.records import DataFiles
 from utils.download import dataset
@@ -298,7 +298,9 @@ def test_a_download_that_gave_up_goes_on_where_it_was(hub, data_set, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(dataset, "DownloadConfig", impatient)
         data_set(files, always={"train-2.jsonl": "503"})
-        message = refused("hub:owner/set")
+        with pytest.raises(NetworkGaveUpError) as gave_up:
+            fetched()
+        message = str(gave_up.value)
         assert "Gave up" in message
         assert "python model_download.py --repo_type dataset --repo_id owner/set --local_dir data/owner/set" in message
     address = data_set(files, always={"train-1.jsonl": "503"})  # which is here

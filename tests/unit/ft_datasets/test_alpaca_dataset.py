@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, processors
 
 from configs.errors import UserError
-from ft_datasets.alpaca_dataset import Record, count_duplicates, load_records
+from ft_datasets.alpaca_dataset import Record, load_records
 from ft_datasets.encoding import common_prefix, describe_lengths, encode_records, split_examples
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
@@ -185,8 +185,3 @@ def test_lengths_are_described(letters):
     assert describe_lengths(examples) == (
         "tokens an example: mean 6, 90 % below 6, longest 7; 50 % of all tokens carry loss"
     )
-
-
-def test_duplicates_are_counted():
-    records = [Record(1, "a", "", "b"), Record(2, "a", "", "b"), Record(3, "a", "c", "b"), Record(4, "a", "", "b")]
-    assert count_duplicates(records) == 2

@@ -22,7 +22,7 @@ from utils.machine.precision import Precision
 from utils.machine.world import World
 from utils.model.decoder import causal_lm
 from utils.model.folder import ModelFolder
-from utils.planning.estimate import WORKSPACES, estimate_of_run
+from utils.planning.estimate import WORKSPACES
 from utils.planning.layer_memory import LAYER_MEMORY, LayerMemory, fused
 from utils.planning.shape import BytesEach, Layout, Shape, Trained
 from utils.reports import run as report
@@ -150,7 +150,7 @@ def kept_a_token(
     keys = sum(segments.contexts.lengths) if segments.contexts else tokens
     is_full = not config.use_peft
     weights = torch.float32 if is_full and not config.pure_bf16 else torch.bfloat16
-    on_cpu = World(0, 0, 1, [torch.device("cpu")])
+    on_cpu = World(0, 1, [torch.device("cpu")])
     setup = setup_of(config, on_cpu, precision=Precision(torch.bfloat16, weights, "as on a GPU"))
     module = load_trainable(config, setup, folder)
     decoder, positions = causal_lm(module.model).model, torch.arange(tokens)[None]
@@ -273,7 +273,7 @@ def test_a_chunk_of_logits_goes_before_the_next_one_comes():
 @pytest.mark.parametrize("is_first", [True, False], ids=["first micro-batch", "second"])
 def test_the_peak_is_that_of_what_lives(deeper_model, name, kept, is_first):
     """Of one micro-batch's passes, in bf16 on a CPU, where attention's output is copied for o_proj."""
-    config, tokens, world = SETTINGS[name], 1500, World(0, 0, 1, [torch.device("cpu")])
+    config, tokens, world = SETTINGS[name], 1500, World(0, 1, [torch.device("cpu")])
     precision = Precision(torch.bfloat16, torch.float32 if name == "full" else torch.bfloat16, "as on a GPU")
     module = load_trainable(config, setup_of(config, world, precision=precision), deeper_model)
     module.step_plan, live = StepPlan(tokens, kept), Live()
@@ -351,7 +351,7 @@ def test_gradients_of_an_earlier_micro_batch_are_there():
 def test_a_run_can_be_estimated_when_it_is_over(tiny_model, tmp_path):
     trainer = make_trainer(tiny_model, tmp_path, lora_config=ALL, max_steps=1)
     train(trainer)
-    found, shape = estimate_of_run(trainer), Shape.of(ModelFolder(tiny_model).config)
+    found, shape = report.estimate_of_run(trainer), Shape.of(ModelFolder(tiny_model).config)
     assert f"Memory: 0.00 GB at most, {found.peak / 1e9:.2f} GB by the estimate" in report.memory_line(trainer)
     layers = [p for n, p in trainer.model.named_parameters() if not p.requires_grad]
     assert found.weights == sum(p.nbytes for p in layers)
@@ -375,5 +375,5 @@ def test_the_peak_is_forgotten_on_every_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
     forget_peak(world(2))
     assert reset == world(2).devices
-    forget_peak(World(0, 0, 1, [torch.device("cpu")]))
+    forget_peak(World(0, 1, [torch.device("cpu")]))
     assert len(reset) == 2

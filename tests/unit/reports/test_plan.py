@@ -67,7 +67,7 @@ def test_a_card_that_is_too_small_is_refused_before_loading(tiny_model, data_fil
     with pytest.raises(UserError, match=r"--gpu_memory_gb 0\.1"):
         check_memory(config, setup_of(config, world(1), data.longest), shape)
     check_memory(replace(config, gpu_memory_gb=0.0), setup_of(config, world(1), data.longest), shape)
-    check_memory(config, setup_of(config, World(0, 0, 1, [torch.device("cpu")])), shape)
+    check_memory(config, setup_of(config, World(0, 1, [torch.device("cpu")])), shape)
 
 
 def test_memory_is_checked_before_the_model_is_loaded(tiny_model, data_file, tmp_path, monkeypatch):

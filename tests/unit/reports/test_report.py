@@ -28,7 +28,7 @@ def notes(monkeypatch):
         free = {torch.device("cuda", index): round(gb * 1e9) for index, gb in enumerate(free_gb)}
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80e9))
         config, lines = TrainingConfig(**settings), []
-        setup = setup_of(config, World(0, 0, 1, list(free)), 500)
+        setup = setup_of(config, World(0, 1, list(free)), 500)
         note_on_cards(config, setup, Shape.of(LLAMA_2_7B), lines.append)
         return lines
 

@@ -100,7 +100,7 @@ def test_a_quantised_base_is_named(tiny_model, tmp_path):
 def test_the_batch(trainer, plan, limit, end):
     trainer.stepper.step_plan = plan
     trainer.config.micro_batch_size = limit
-    trainer.world = World(0, 0, 2, [torch.device("cpu")])
+    trainer.world = World(0, 2, [torch.device("cpu")])
     assert line_of(report.before_first_step(trainer), "Batch: ") == f"Batch: 2 examples x 2 processes = 4 a step; {end}"
 
 
@@ -116,7 +116,7 @@ def test_sharding(trainer):
     trainer.config = replace(
         trainer.config, enable_fsdp=True, fsdp_config=FsdpConfig(sharding_strategy="SHARD_GRAD_OP")
     )
-    trainer.setup = replace(trainer.setup, shards=4)
+    trainer.setup = replace(trainer.setup, is_sharded=True, shards=4)
     assert line_of(report.before_first_step(trainer), "Sharding") == (
         "Sharding: SHARD_GRAD_OP; each process holds 1/4 of weights, gradients and optimizer"
     )

@@ -15,7 +15,7 @@ from utils.machine.world import World
 from utils.runs import checkpoint
 from utils.runs.checkpoint import Saver, load_tensors, newest_whole, read_checkpoint, save_checkpoint
 
-WORLD = World(0, 0, 1, [torch.device("cpu")])
+WORLD = World(0, 1, [torch.device("cpu")])
 
 
 def tensors(value: float, size: int = 1000) -> dict[str, dict[str, torch.Tensor]]:
@@ -33,7 +33,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def load(folder: Path, step: int) -> float:
     loaded = tensors(-1.0)
-    load_tensors(read_checkpoint(folder / f"step-{step}"), loaded, WORLD)
+    load_tensors(read_checkpoint(folder / f"step-{step}"), loaded)
     assert len(set(loaded["weights"]["a"].tolist() + loaded["weights"]["b"].flatten().tolist())) == 1
     return loaded["weights"]["a"][0].item()
 
@@ -166,7 +166,7 @@ def test_what_went_wrong_in_the_background_is_told(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, other):
     write(tmp_path, 5)
     with pytest.raises(UserError, match="another model or adapter") as caught:
-        load_tensors(read_checkpoint(tmp_path / "step-5"), other, WORLD)
+        load_tensors(read_checkpoint(tmp_path / "step-5"), other)
     (name,) = other["weights"]
     assert str(tmp_path / "step-5") in str(caught.value) and f"weights.{name}" in str(caught.value)
 
@@ -176,7 +176,7 @@ def test_room_is_counted_without_what_was_set_aside(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _folder: checkpoint.shutil._ntuple_diskusage(0, 0, 100))
     state = tensors(1.0)
     needed = 3 * checkpoint.size_of(state) + checkpoint.size_of({"weights": state["weights"]})
-    saver = Saver(tmp_path, World(0, 0, 1, [torch.device("cpu")]), keep=2)
+    saver = Saver(tmp_path, World(0, 1, [torch.device("cpu")]), keep=2)
     for folder, is_enough in (("old-20260101-000000/step-3", False), ("step-3", True)):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "weights").write_bytes(bytes(needed))

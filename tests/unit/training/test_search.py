@@ -12,7 +12,7 @@ from utils.training.search import Search
 from utils.training.step_plan import HostMemory, StepPlan, rows_of, rows_together, token_budgets
 
 LAYERS = 32
-CARD = World(0, 0, 1, [torch.device("cuda", 0)])
+CARD = World(0, 1, [torch.device("cuda", 0)])
 
 
 class Card:
@@ -61,7 +61,7 @@ def test_each_part_of_a_step_has_what_its_examples_share():
 
 
 def test_the_fastest_of_several_attempts_counts_and_one_that_runs_out_of_memory_is_none():
-    world = World(0, 0, 1, [torch.device("cpu")])
+    world = World(0, 1, [torch.device("cpu")])
     pauses = [0.2, 0.05, 0.1]
     calls = []
 
@@ -197,7 +197,7 @@ def test_over_several_cards_rows_go_together(monkeypatch):
     card = Card(10**9, monkeypatch)
     plain = card.try_step
     monkeypatch.setattr(card, "try_step", lambda c, tokens, rows: plain(c, tokens, 1) * (rows + 1) / 2)
-    two_cards = World(0, 0, 1, [torch.device("cuda", 0), torch.device("cuda", 1)])
+    two_cards = World(0, 1, [torch.device("cuda", 0), torch.device("cuda", 1)])
     found = card.asked(world=two_cards).by_trying()
     seconds = {rows: (8000 / rows + 300) * (rows + 1) / 2 for rows in (1, 2, 3, 4)}
     assert 8000 / found.token_budget == pytest.approx(min(seconds, key=seconds.get), abs=0.01)
@@ -227,7 +227,7 @@ def test_a_sharded_search_never_tries_what_does_not_fit(monkeypatch, memory):
 
 def test_cards_without_room_for_several_rows_take_one_at_a_time(monkeypatch):
     card = Card(5000 * (4 + 3), monkeypatch)
-    two_cards = World(0, 0, 1, [torch.device("cuda", 0), torch.device("cuda", 1)])
+    two_cards = World(0, 1, [torch.device("cuda", 0), torch.device("cuda", 1)])
     found = card.asked(longest=5000, largest=10_000, world=two_cards).by_trying()
     assert found.rows == 1
     assert found.token_budget == 5000

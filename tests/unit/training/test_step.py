@@ -14,7 +14,7 @@ WITH_DROPOUT = LoraConfig(lora_dropout=0.5)
 
 def as_rank(trainer, rank: int, size: int):
     """The trainer's stepper in the place of one of several processes, which do not meet."""
-    trainer.stepper.world = World(rank, rank, size, [torch.device("cpu")])
+    trainer.stepper.world = World(rank, size, [torch.device("cpu")])
     return trainer.stepper
 
 
