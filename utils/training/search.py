@@ -15,13 +15,13 @@ from utils.machine.world import World, from_main
 from utils.rows.packing import StepTokens
 from utils.training.measuring import fits, measure, memory_limit, peak_of
 from utils.training.step_plan import (
-    CPU_TOKENS,
     MIN_TOKENS,
     HostMemory,
     StepPlan,
+    cpu_plan,
     relative_speed,
     rows_of,
-    rows_together,
+    sizes_to_try,
     token_budgets,
 )
 
@@ -63,7 +63,7 @@ class Search:
             key: a name for all that the answer depends on.
         """
         if self.world.device.type == "cpu":
-            return StepPlan(max(self.longest_example, CPU_TOKENS), self.kept_counts[-1])
+            return cpu_plan(self.longest_example, self.kept_counts[-1])
         free = memory_limit(self.world)
         known = from_main(_remembered(key, free))  # machines may have files of their own
         if known and (self.is_sharded or (self.has_host_memory(known) and self._fits(known))):
@@ -92,11 +92,11 @@ class Search:
         The last one is slower than the one before, or the first in which all layers keep theirs. If that is the
         largest, nothing needs to be measured.
         """
-        cards, every_layer, (largest, _mean, shared) = len(self.world.devices), self.kept_counts[-1], self.step
-        budgets = self._token_budgets(largest)
-        sizes = [(budget, rows_together(cards, rows_of(largest, budget, shared))) for budget in budgets]
+        cards, every_layer = len(self.world.devices), self.kept_counts[-1]
+        sizes = sizes_to_try(self.longest_example, self.step, cards)
         if cards > 1:
-            sizes.append((budgets[-1], 1))
+            smallest, _rows = sizes[-1]
+            sizes.append((smallest, 1))
         measured: list[_Measured] = []
         for budget, rows in sizes:
             kept = self._most_kept_layers(StepPlan(budget, 0, rows=rows))

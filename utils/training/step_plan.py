@@ -14,6 +14,7 @@ import torch
 
 from utils.machine.memory import pinned_for
 from utils.model.activations import Activations, Kept, Offloaded, Recomputed
+from utils.rows.packing import StepTokens
 from utils.rows.segments import ROW_MULTIPLE
 
 
@@ -125,6 +126,19 @@ def rows_together(cards: int, rows: int) -> int:
     which rows are sent is all that it takes.
     """
     return min(2 * cards if cards > 1 else 1, rows)
+
+
+def cpu_plan(longest_example: int, layers: int) -> StepPlan:
+    """The step plan on a CPU, where nothing is tried."""
+    return StepPlan(max(longest_example, CPU_TOKENS), layers)
+
+
+def sizes_to_try(longest_example: int, step: StepTokens, cards: int) -> list[tuple[int, int]]:
+    """(token budget, rows that go forward together) of the step plans to try on a GPU, from the largest down."""
+    return [
+        (budget, rows_together(cards, rows_of(step.largest, budget, step.shared)))
+        for budget in token_budgets(longest_example, step.largest, step.shared)
+    ]
 
 
 def relative_speed(kept_share: float, tokens: int) -> float:

@@ -122,7 +122,7 @@ def test_the_plan_counts_each_card(tiny_model, data_file, tmp_path, capsys, monk
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: free[index])
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
-    monkeypatch.setattr(plan, "_matmul_flops", lambda _device, _dtype: 1e12)
+    monkeypatch.setattr(plan, "matmul_flops", lambda _device, _dtype: 1e12)
     text = printed_plan(config, capsys)
     assert "of   4.00 GB" in text  # the card that has least
     assert "the fullest of 2 cards" in text
