@@ -196,6 +196,7 @@ def test_a_run_learns_the_same_and_its_adapter_is_plain_pefts(grouped_model, tmp
         "lora_config": LoraConfig(target_modules=["all-linear"]),
         "batch_size_training": 4,
         "max_steps": 12,
+        "num_epochs": 6,
         "lr": 1e-2,
         "micro_batch_size": 2,
         "save_steps": 6,
@@ -211,7 +212,7 @@ def test_a_run_learns_the_same_and_its_adapter_is_plain_pefts(grouped_model, tmp
 
     checkpoint = read_checkpoint(tmp_path / "fused" / "checkpoints" / "step-6")
     resumed = make_trainer(grouped_model, tmp_path / "resumed", checkpoint=checkpoint, **settings)
-    assert train(resumed) == losses[6:]
+    assert len(losses) == 12 and train(resumed) == losses[6:]
 
     if quantization is None:
         trained = project_logits(trainer.model.eval(), SEQUENCE)
