@@ -228,3 +228,19 @@ def test_a_disk_without_room_is_told_before_anything_is_written(tiny_model, adap
     with pytest.raises(UserError, match=r"The merged model needs 0\.0 GB, and the disk of .*merged has 0\.0 GB left"):
         do_merge(tiny_model, adapters[None], tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_weight_is_rounded_by_random_numbers_of_its_own_that_are_always_the_same(
+    tiny_model, adapters, tmp_path, monkeypatch
+):
+    seeds: list[list[int]] = []
+
+    def watched(base, added, dtype, seed):
+        seeds[-1].append(seed)
+        return rounded_sum(base, added, dtype, seed)
+
+    monkeypatch.setattr("utils.results.merging.rounded_sum", watched)
+    for name in ("one", "two"):
+        seeds.append([])
+        do_merge(tiny_model, adapters[None], tmp_path / name)
+    assert sorted(seeds[0]) == sorted(seeds[1]) and len(set(seeds[0])) == len(seeds[0]) == 4

@@ -131,6 +131,7 @@ def test_an_unknown_flag_names_the_nearest(argv, near):
         (["--lr", "nan"], "--lr nan: expected a number"),
         (["--lr", "inf"], "--lr inf: expected a number"),
         (["--use_peft", "maybe"], "--use_peft maybe: expected true or false"),
+        (["--use_peft="], "--use_peft : expected true or false"),
         (["--quantization", "5bit"], "--quantization 5bit: expected one of 8bit, 4bit"),
         (["--dataset", "samsum"], "--dataset samsum: expected one of alpaca_dataset"),
         (["--lora_config.r", "[8]"], "--lora_config.r [8]: expected a whole number"),

@@ -1,10 +1,10 @@
-"""How processes are divided into groups."""
+"""How processes are divided into groups, and what is said where they disagree."""
 
 import pytest
 
 from configs.errors import UserError
 from configs.fsdp import FsdpConfig
-from utils.machine.world import sharding_group_size
+from utils.machine.world import check_ranks_agree, sharding_group_size
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,24 @@ def test_processes_are_divided_into_equal_groups_or_refused(monkeypatch, strateg
     else:
         with pytest.raises(UserError, match=rf"{world} processes can't make groups.*FULL_SHARD"):
             sharding_group_size(config, world)
+
+
+def test_a_disagreement_names_each_rank_that_differs_from_rank_0(monkeypatch):
+    """Of three processes the second has another rate, and the last one other data."""
+    said = [{"lr": 0.1, "data": "a"}, {"lr": 0.5, "data": "a"}, {"lr": 0.1, "data": "b"}]
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+
+    def gather(gathered, settings) -> None:
+        assert settings == said[0]
+        gathered[:] = said
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    with pytest.raises(UserError) as refused:
+        check_ranks_agree(said[0])
+    assert str(refused.value).splitlines()[1:] == [
+        "  lr: 0.5 on rank 1, 0.1 on rank 0",
+        "  data: b on rank 2, a on rank 0",
+    ]
+    said[1:] = [said[0]] * 2
+    check_ranks_agree(said[0])

@@ -1,6 +1,8 @@
 """Where a run begins, by what lies in its folder."""
 
 import json
+import os
+import socket
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from utils.rows.schedule import Schedule
 from utils.runs.base_model import BaseIdentity
 from utils.runs.checkpoint import Checkpoint, write_mark
 from utils.runs.description import DESCRIBED, identity_of_base, write_training_config
+from utils.runs.folder import hold_folder
 from utils.runs.start import find_start, repeated_steps, run_identity
 
 FINGERPRINTS = {"data": "d", "base_model": "b", "tokenizer": "t", "prompt_template": "p"}
@@ -257,3 +260,16 @@ def test_data_that_lies_elsewhere_is_the_same_data(tmp_path):
     assert (start.checkpoint.step, start.notes) == (3, [])
     with pytest.raises(UserError, match="data: d -> other"):
         find_start(config, 1, 100, {**FINGERPRINTS, "data": "other"}, BASE)
+
+
+def test_a_folder_that_another_run_holds_is_refused_with_who_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.runs.folder.WAIT_FOR_LOCK_SECONDS", 0)
+    pid, host = os.getpid(), socket.gethostname()
+    with hold_folder(tmp_path), pytest.raises(UserError) as refused, hold_folder(tmp_path):
+        pytest.fail("held twice")
+    assert str(refused.value) == (
+        f"Another run (process {pid} on {host}) is writing to {tmp_path}. Wait until it ends, end it with "
+        f"`kill {pid}` there, or give another --output_dir."
+    )
+    with hold_folder(tmp_path):  # it is free again
+        pass
