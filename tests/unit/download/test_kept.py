@@ -2,14 +2,19 @@
 
 import hashlib
 import zlib
+from types import SimpleNamespace
 
 import pytest
 from helpers.disk import DiskRecord
 from helpers.downloads import fetch
 from soak_download import FILES
 
-from utils.download.listing import RemoteFile
-from utils.download.manifest import unfinished_files
+from configs.errors import UserError
+from utils.download.errors import TransientError
+from utils.download.folder import SPARE_BYTES, check_room
+from utils.download.http import check_passing
+from utils.download.listing import Listing, RemoteFile
+from utils.download.manifest import Manifest, ManifestEntry, unfinished_files
 from utils.download.part import PartFile
 from utils.download.transfer import Downloader
 
@@ -60,3 +65,37 @@ def test_bytes_are_on_the_disk_before_the_journal_promises_them(tmp_path, monkey
     assert disk.flushed[part.path.name] == b"01234"
     assert disk.flushed[part.journal_path.name] == f"0 5 {zlib.crc32(b'01234'):08x}\n".encode()
     part.close()
+
+
+def test_a_file_of_the_right_size_is_unfinished_until_it_is_proved(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"12345")
+    for size, proved, unfinished in ((5, False, ["a.bin"]), (6, True, ["a.bin"]), (5, True, [])):
+        entry = ManifestEntry(size, "sha256", "ab", proved)
+        Manifest("owner/model", "model", "c0ffee", "http://hub", {"a.bin": entry}).write(tmp_path)
+        assert unfinished_files(tmp_path) == unfinished
+
+
+@pytest.mark.parametrize(("left", "is_enough"), [(SPARE_BYTES, True), (SPARE_BYTES - 1, False)])
+def test_the_disk_keeps_some_room_for_everything_else(tmp_path, monkeypatch, left, is_enough):
+    missing = Listing("c0ffee", {"a.bin": RemoteFile("a.bin", 1000, "sha256", "ab", "c0ffee")})
+    monkeypatch.setattr("utils.download.folder.free_space", lambda _folder: 1000 + left)
+    if is_enough:
+        check_room(tmp_path, missing)
+    else:
+        with pytest.raises(UserError, match="Nothing was fetched"):
+            check_room(tmp_path, missing)
+    monkeypatch.setattr("utils.download.folder.free_space", lambda _folder: 0)
+    check_room(tmp_path, Listing("c0ffee", {}))  # what is whole needs no room
+
+
+@pytest.mark.parametrize(
+    ("status", "passes"), [(200, False), (206, False), (404, False), (408, True), (425, True), (429, True), (503, True)]
+)
+def test_which_refusals_may_pass(status, passes):
+    url = SimpleNamespace(host="hub")
+    answer = SimpleNamespace(status_code=status, headers={}, url=url, reason_phrase="a phrase")
+    if passes:
+        with pytest.raises(TransientError, match=f"hub answers {status} a phrase"):
+            check_passing(answer)
+    else:
+        check_passing(answer)

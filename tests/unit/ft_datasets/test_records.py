@@ -312,3 +312,11 @@ def test_the_reader_is_the_one_that_dataset_names(tiny_model, tmp_path, monkeypa
     data = load_data(config, Tokenizer(tiny_model), PromptTemplate(), print)
     assert asked == [DataFiles((Path("some.file"),))]
     assert [example.number for example in data.training] == [1, 2, 3]
+
+
+def test_the_column_in_a_json_line_is_that_of_the_file(tmp_path):
+    """Blank lines and spaces before the record count as they do in an editor."""
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"instruction": "a", "output": "b"}\n\n    {"instruction" "a"}\n')
+    with pytest.raises(UserError, match=r"data.jsonl, line 3, column 20: not valid JSON"):
+        list(read_entries(DataFiles((file,))))
