@@ -11,6 +11,7 @@ from soak_download import FILES
 
 from configs.errors import UserError
 from utils.download.errors import TransientError
+from utils.download.failover import Patience
 from utils.download.folder import SPARE_BYTES, check_room
 from utils.download.http import check_passing
 from utils.download.listing import Listing, RemoteFile
@@ -33,6 +34,14 @@ def test_a_folder_is_known_to_be_unfinished_before_its_first_byte(endpoint, tmp_
     monkeypatch.setattr(Downloader, "run", kill)
     with pytest.raises(KilledError):
         fetch(tmp_path, endpoint())
+
+
+def test_every_byte_that_comes_renews_the_patience(endpoint, tmp_path, monkeypatch):
+    """A line that is slow but alive is never given up; the list of files alone renews it once."""
+    renewed = []
+    monkeypatch.setattr(Patience, "renew", lambda _patience: renewed.append(True))
+    fetch(tmp_path, endpoint())
+    assert len(renewed) >= 1 + sum(file["size"] > 0 for file in FILES.values())
 
 
 def test_a_proved_file_has_its_name_before_its_journal_goes(tmp_path, monkeypatch):
