@@ -19,6 +19,7 @@ from inference.detokenizer import IncrementalDecoder, StopText
 from inference.sampling import choose
 from utils.model.adapters import learnt_prefix
 from utils.model.decoder import causal_lm, forward_hidden, logits
+from utils.rows.segments import Segments
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -143,11 +144,12 @@ class Engine:
         caches = [KeyValueCache(capacity, of_layer) for of_layer in prefix]
         seen = torch.zeros(causal_lm(self.model).config.vocab_size, dtype=torch.bool, device=self.device)
         new_ids = torch.tensor(prompt_ids, dtype=torch.int64, device=self.device)
+        segments, of_one_token = (Segments.of([count], self.device) for count in (len(new_ids), 1))
         for _position in range(limit):
             seen[new_ids] = True
             first = caches[0].length
             positions = torch.arange(first, first + len(new_ids), device=self.device)
-            hidden = forward_hidden(self.model, new_ids, positions, pasts=caches)
+            hidden = forward_hidden(self.model, new_ids, positions, segments, caches)
             scores = logits(self.model, hidden[-1:])[0].to(self.device)
-            new_ids = choose(scores, seen, sampling, generator)
+            new_ids, segments = choose(scores, seen, sampling, generator), of_one_token
             yield int(new_ids)

@@ -358,18 +358,18 @@ def test_a_resumed_run_keeps_its_step_plan_where_it_was_found_for_the_same(tiny_
     begun = make_trainer(tiny_model, tmp_path / "begun", **settings)
     train(begun)
     checkpoint = read_checkpoint(tmp_path / "begun" / "checkpoints" / "step-2")
-    found, plan = begun.loss_module.step_plan, checkpoint.state.step_plan
+    found, plan = begun.stepper.loss_module.step_plan, checkpoint.state.step_plan
     assert plan == {"key": plan["key"], **found._asdict()}
     for change, expected in (({"token_budget": 99}, 99), ({"token_budget": 99, "key": "other"}, found.token_budget)):
         state = replace(checkpoint.state, step_plan=plan | change, last_eval_loss=1.5)
         resumed = make_trainer(
             tiny_model, tmp_path / "resumed", checkpoint=replace(checkpoint, state=state), **settings
         )
-        assert resumed.loss_module.step_plan.token_budget == expected
+        assert resumed.stepper.loss_module.step_plan.token_budget == expected
         assert resumed.last_eval_loss == 1.5
     state = replace(checkpoint.state, step_plan={})  # of an early version
     resumed = make_trainer(tiny_model, tmp_path / "resumed", checkpoint=replace(checkpoint, state=state), **settings)
-    assert resumed.loss_module.step_plan == found
+    assert resumed.stepper.loss_module.step_plan == found
 
 
 def test_a_run_that_would_fill_the_disk_is_refused(tiny_model, tmp_path, monkeypatch):

@@ -14,8 +14,6 @@ from configs.messages import _
 from ft_datasets.records import DataFiles, name_records
 from utils.download.dataset_layout import HubData, choose_files, split_of
 from utils.download.display import Display
-from utils.download.failover import open_sources
-from utils.download.fetching import fetch
 from utils.download.listing import Listing, check_folder, check_paths
 from utils.download.manifest import Manifest, unfinished_files
 from utils.download.options import TransferOptions
@@ -83,6 +81,10 @@ def _fetched_before(wanted: HubData, folder: Path, manifest: Manifest | None) ->
 def _fetch(
     wanted: HubData, folder: Path, revision: str, say: Callable[[str], None], options: TransferOptions | None
 ) -> tuple[Manifest, list[str]]:
+    # Late: a run whose data lie here needs no network, nor the libraries for it.
+    from utils.download.failover import open_sources
+    from utils.download.fetching import fetch
+
     config = DownloadConfig(repo_id=wanted.repository, repo_type="dataset", revision=revision, local_dir=str(folder))
     options, display = options or TransferOptions.from_config(config), Display(say)
     try:

@@ -118,8 +118,8 @@ def packed_attention(
         [1, length, heads, head_dim], and None in the place of attention weights.
     """
     # Over fp32 weights under autocast, queries and keys come in fp32 from their rotation; values don't.
-    by_token = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    return past.attend(*by_token, segments, scaling).unsqueeze(0), None
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    return past.attend(query, key, value, segments, scaling)[None], None
 
 
 def attention_forward(

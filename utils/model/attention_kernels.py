@@ -258,23 +258,24 @@ def one_by_one(
         query: [length, heads, head_dim].
         key: of the past positions, then of the contexts, [past_length + places, kv_heads, head_dim]; value likewise.
     """
-    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    if len(segments.lengths) == 1:  # as for an answer's next token: to split and join would take longer than this
+        return _attend(query, key, value, scale)[0].transpose(0, 1)
     context_lengths = segments.contexts.lengths if segments.contexts else segments.lengths
 
     def of_each(states: torch.Tensor) -> Sequence[torch.Tensor]:
-        if len(context_lengths) == 1:
-            return [states]
         # Slices instead of a split would each have a gradient as long as the row.
         past, *own = states.split([past_length, *context_lengths], dim=2)
         return [torch.cat((past, part), dim=2) for part in own] if past_length else own
 
-    outputs = []
-    for q, k, v in zip(query.split(segments.lengths, dim=2), of_each(key), of_each(value), strict=True):
-        length, before, mask = q.shape[2], k.shape[2] - q.shape[2], None
-        if before and length > 1:
-            mask = torch.ones(length, before + length, dtype=torch.bool, device=q.device).tril(before)
-        is_causal, grouped = before == 0 and length > 1, q.shape[1] != k.shape[1]
-        outputs.append(
-            scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
-        )
-    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
+    parts = zip(query.split(segments.lengths, dim=2), of_each(key), of_each(value), strict=True)
+    return torch.cat([_attend(*part, scale) for part in parts], dim=2)[0].transpose(0, 1)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Causal attention of a segment to its context, which ends with the segment; [1, heads, length, head_dim]."""
+    length, before, mask = query.shape[2], key.shape[2] - query.shape[2], None
+    if before and length > 1:
+        mask = torch.ones(length, before + length, dtype=torch.bool, device=query.device).tril(before)
+    is_causal, grouped = before == 0 and length > 1, query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
