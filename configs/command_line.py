@@ -158,7 +158,10 @@ def texts_of(config: Any, prefix: str = "") -> dict[str, str]:
 
 def flags_of(config: Any) -> list[str]:
     """The arguments from which `parse` reads this configuration."""
-    return [argument for name, text in texts_of(config).items() for argument in (f"--{name}", text)]
+    arguments: list[str] = []
+    for name, text in texts_of(config).items():
+        arguments += [f"--{name}={text}"] if text.startswith("--") else [f"--{name}", text]
+    return arguments
 
 
 def usage(config_class: type) -> str:

@@ -100,7 +100,7 @@ def _read(path: Path, is_renamable: bool) -> Iterator[tuple[int, Any]]:
     """A file's entries, each with its line, or 0."""
     with _refusals(path):
         path.stat()  # what is not there is told before what its name means
-        kind = kind_of(path.name) if path.suffix else ".json"
+        kind = kind_of(path.name) or (".json" if not path.suffix or _begins_like_json(path) else None)
         if kind is None:
             raise UserError(
                 _(
@@ -124,6 +124,11 @@ def _begins_with_object(path: Path) -> bool:
     """Whether a JSON file holds JSON lines in the place of a list."""
     with _open(path) as file:
         return file.read(4096).removeprefix(BOM_UTF8).lstrip().startswith(b"{")
+
+
+def _begins_like_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{")
 
 
 def _read_list(path: Path) -> list[Any]:

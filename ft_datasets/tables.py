@@ -66,7 +66,9 @@ def _as_text(path: Path) -> dict[str, Any]:
     from datasets import Features, Value
 
     with path.open(encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file), [])
+        header = next(filter(None, csv.reader(file)), [])
+    if len(set(header)) < len(header):
+        raise ValueError(_("two of its columns have the same name."))
     # A column without a name is the row number that pandas writes.
     features = Features({name: Value("string") for name in header if name})
     # index_col: else a first row with a cell too many would shift all cells by one.

@@ -26,7 +26,7 @@ from utils.runs.base_model import BaseIdentity
 from utils.runs.description import describe_run, write_training_config
 from utils.runs.folder import hold_folder
 from utils.runs.metrics import Metrics
-from utils.runs.start import Start, find_start, repeated_steps
+from utils.runs.start import Start, check_same_base, find_start, repeated_steps
 from utils.training.fitting import Fitted, fit
 from utils.training.optimizer import make_optimizer
 from utils.training.setup import Setup
@@ -61,6 +61,8 @@ def fine_tune(
         sha256 = in_background(folder.sha256 if world.is_main else dict)
         trainer = load_trainer(config, setup, folder, data, start, say)
         base = BaseIdentity(folder.fingerprint(), folder.digests, sha256.result())
+        if start.checkpoint and not config.accept_changes:
+            decide_on_main(world, lambda: check_same_base(start.checkpoint, base))
         train(trainer, describe_run(config, tokenizer, template, base, data.origin), say)
 
 

@@ -114,6 +114,20 @@ def test_merging_sees_what_rows_can_not_tell(tiny_model, finished, tmp_path, mon
     merge(own, adapter, tmp_path / "merged", PromptTemplate(), 4.0)
 
 
+def test_a_run_goes_on_over_its_own_base_only_and_remembers_it(tiny_model, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "WHOLE_BYTES", 1000)
+    output = tmp_path / "run"
+    flags = ["--alpaca_dataset.data_path", data_file, "--output_dir", output, "--use_peft", "--save_steps", 1]
+    call_main(llama_finetuning.main, *flags, "--model_name", tiny_model, "--max_steps", 1)
+    known = read_training_config(output)["base_model_sha256"]
+    other = changed(tiny_model, tmp_path / "base", "two rows swapped")
+    longer = [*flags, "--model_name", other, "--max_steps", 2]
+    assert f"1 of 21 tensors differ: {EMBEDDING}" in complaint(llama_finetuning.main, *longer)
+    assert read_training_config(output)["base_model_sha256"] == known
+    call_main(llama_finetuning.main, *longer, "--accept_changes")
+    assert read_training_config(output)["base_model_sha256"] == ModelFolder(other).sha256() != known
+
+
 def test_files_that_hold_rotary_frequencies_too_are_the_same_base(tiny_model, finished, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "base")
     frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(2)}

@@ -27,7 +27,7 @@ class _PickledTensors:
         return list(self.tensors)
 
     def get_tensor(self, name: str) -> Any:
-        return self.tensors[name]
+        return self.tensors[name].detach()  # some files hold parameters
 
     get_slice = get_tensor
 

@@ -1,5 +1,6 @@
 """training_config.json: what made an adapter or a model, and all that its user must do alike."""
 
+import contextlib
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,15 +75,17 @@ def identity_of_base(checkpoint: Checkpoint) -> BaseIdentity:
     """What the base model of a checkpoint's run is known by.
 
     Its digests by tensor stand in the run's training_config.json: in the output folder above the checkpoint, or where
-    the run had it. They are left out where it is not there any more, or tells of another run.
+    the run had it. They are left out where it is not there any more, can't be read, or tells of another run.
     """
     fingerprint = checkpoint.state.identity["base_model"]
-    folders = [checkpoint.path.absolute().parents[1]]
+    folders = [*checkpoint.path.absolute().parents[1:2]]
     if checkpoint.state.settings:
         folders.append(Path(checkpoint.state.settings["output_dir"]))
-    for described in filter(None, map(read_training_config, folders)):
-        if (base := BaseIdentity.from_dict(described)).fingerprint == fingerprint:
-            return base
+    for folder in folders:
+        with contextlib.suppress(UserError):  # it would only name what differs
+            described = read_training_config(folder)
+            if described and (base := BaseIdentity.from_dict(described)).fingerprint == fingerprint:
+                return base
     return BaseIdentity(fingerprint)
 
 

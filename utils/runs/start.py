@@ -8,7 +8,7 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.training import TrainingConfig
 from utils.rows.schedule import Schedule
-from utils.runs.base_model import BaseModel, compared_by_first_rows, differences
+from utils.runs.base_model import BaseIdentity, BaseModel, compared_by_first_rows, differences
 from utils.runs.checkpoint import Checkpoint, newest_whole, read_checkpoint
 from utils.runs.description import identity_of_base, read_training_config
 from utils.runs.folder import move_aside, set_newer_aside
@@ -102,6 +102,18 @@ def find_start(
         described = read_training_config(Path(config.output_dir)) or {}
         finished = checkpoint.step >= schedule.total_steps and described.get("trained_steps") == checkpoint.step
     return Start(schedule, identity, checkpoint, finished, notes)
+
+
+def check_same_base(checkpoint: Checkpoint, base: BaseIdentity) -> None:
+    """Refuse to go on over a base model whose tensors differ where the rows that its fingerprint is over do not.
+
+    Raises:
+        UserError: naming the tensors.
+    """
+    if told := differences(identity_of_base(checkpoint).sha256, base.sha256):
+        heading = _("{path} belongs to a run with other settings (old -> new):", path=checkpoint.path)
+        advice = _("Use the old settings, go on with the new ones (--accept_changes), or begin anew (--resume none).")
+        raise UserError("\n".join([heading, f"  base_model: {told}", advice]))
 
 
 def run_identity(config: TrainingConfig, schedule: Schedule, fingerprints: dict[str, str]) -> dict[str, Any]:

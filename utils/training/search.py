@@ -261,10 +261,14 @@ def _cache_file(key: str) -> Path:
 
 def _remembered(key: str, free: float) -> StepPlan | None:
     """The answer of an earlier run that had about as much memory; None = there is none, or it can't be read."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
+    with contextlib.suppress(
+        OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError
+    ):
         known = json.loads(_cache_file(key).read_text(encoding="utf-8"))
-        if 0.9 * free <= known["free"] <= 1.1 * free:
-            return StepPlan(**{name: int(value) for name, value in known["step_plan"].items()})
+        step_plan = StepPlan(**{name: int(value) for name, value in known["step_plan"].items()})
+        is_possible = min(step_plan) >= 0 and step_plan.token_budget and step_plan.rows
+        if is_possible and 0.9 * free <= known["free"] <= 1.1 * free:
+            return step_plan
     return None
 
 

@@ -226,6 +226,24 @@ def test_a_kind_that_is_not_read_names_those_that_are(tmp_path):
         load_records(tmp_path / "missing.xlsx")
 
 
+@pytest.mark.parametrize("name", ["data.txt", "data.v2"])
+def test_json_under_any_other_name_is_read(tmp_path, name):
+    (tmp_path / name).write_text("\ufeff " + json.dumps(ROWS, ensure_ascii=False), encoding="utf-8")
+    assert load_records(tmp_path / name) == load_records(write(tmp_path / "data.json", ROWS))
+
+
+def test_two_columns_of_one_name_are_told(tmp_path):
+    assert "two of its columns have the same name" in complaint(
+        tmp_path / "data.csv", b"instruction,output,output\na,b,c\n"
+    )
+
+
+def test_a_table_may_begin_with_an_empty_line(tmp_path):
+    (tmp_path / "data.csv").write_text("\ninstruction,output\na,b\n", encoding="utf-8")
+    (record,) = load_records(tmp_path / "data.csv")
+    assert (record.instruction, record.output) == ("a", "b")
+
+
 def test_several_files_are_numbered_through_and_named(tmp_path):
     first = write(tmp_path / "a.jsonl", ROWS[:2])
     second = tmp_path / "b.jsonl"

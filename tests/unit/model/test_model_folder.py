@@ -196,3 +196,11 @@ def test_examples_longer_than_a_sliding_window_are_refused(folder, settings, win
     ModelFolder(folder).check_length(window)
     with pytest.raises(UserError, match=f"has {window + 1}.*--max_seq_length {window}"):
         ModelFolder(folder).check_length(window + 1)
+
+
+def test_weights_that_were_pickled_as_parameters_are_plain_tensors(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    parameters = {name: torch.nn.Parameter(t) for name, t in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(parameters, folder / "pytorch_model.bin")
+    assert not any(tensor.requires_grad for _name, tensor in ModelFolder(folder).tensors())

@@ -131,7 +131,7 @@ def test_the_plan_counts_each_card(tiny_model, data_file, tmp_path, capsys, monk
 
 def test_a_configuration_and_its_flags_are_one():
     flags = "--use_peft true --lora_config.target_modules q_proj,v_proj,o_proj --quantization 4bit --lr 0.002"
-    config = parse(TrainingConfig, [*flags.split(), "--run_validation", "no", "--output_dir", "a b"])
+    config = parse(TrainingConfig, [*flags.split(), "--run_validation", "no", "--output_dir=--a b"])
     assert parse(TrainingConfig, flags_of(config)) == config
     assert flags_of(TrainingConfig()) == []
 

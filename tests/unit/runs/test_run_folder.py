@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -273,3 +274,21 @@ def test_a_folder_that_another_run_holds_is_refused_with_who_it_is(tmp_path, mon
     )
     with hold_folder(tmp_path):  # it is free again
         pass
+
+
+@pytest.mark.parametrize("content", ["{", '{"settings": 1}', None])
+def test_an_account_of_the_base_that_can_not_be_read_stops_nobody(tmp_path, content):
+    """A colleague's folder may be closed to us, or hold something else by now; it would only name what differs."""
+    account = tmp_path / "out" / "training_config.json"
+    account.parent.mkdir()
+    if content is None:
+        account.mkdir()
+    else:
+        account.write_text(content)
+    state = run_state(3, identity={"base_model": "b"}, settings={"output_dir": str(account.parent)})
+    assert identity_of_base(Checkpoint(tmp_path / "disk" / "run" / "step-3", state)) == BaseIdentity("b")
+
+
+def test_a_checkpoint_may_lie_at_the_root_of_a_disk():
+    state = run_state(3, identity={"base_model": "b"})
+    assert identity_of_base(Checkpoint(Path("/step-3"), state)) == BaseIdentity("b")

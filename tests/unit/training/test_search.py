@@ -1,5 +1,6 @@
 """The search for the micro-batch, on cards whose memory and speed are made up."""
 
+import json
 import time
 
 import pytest
@@ -268,8 +269,15 @@ def test_an_earlier_runs_answer_is_used_as_long_as_it_fits(monkeypatch, tmp_path
     assert ask("one") == smaller
     card.memory = 60_000  # the other program has gone
     assert ask("one") == found
-    (tmp_path / "llama2-chinese" / "one.json").write_text("{")
-    assert ask("one") == found
+    remembered = tmp_path / "llama2-chinese" / "step-plans" / "one.json"
+    assert json.loads(remembered.read_text()) == {"step_plan": found._asdict(), "free": 60_000}
+    nothing = found._asdict() | {"token_budget": 0}
+    for content in ("{", "null", "5", '{"free": 60000}', '{"free": 60000, "step_plan": [1, 2]}', "[" * 10_000):
+        remembered.write_text(content)
+        assert ask("one") == found and len(card.trials) > 1
+    for plan in (nothing, found._asdict() | {"rows": 0}, found._asdict() | {"kept_layers": -1}):
+        remembered.write_text(json.dumps({"step_plan": plan, "free": 60_000}))
+        assert ask("one") == found and len(card.trials) > 1
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert ask("one") == found
 
