@@ -259,7 +259,7 @@ def one_by_one(
         key: of the past positions, then of the contexts, [past_length + places, kv_heads, head_dim]; value likewise.
     """
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-    if len(segments.lengths) == 1:  # as for an answer's next token: to split and join would take longer than this
+    if len(segments.lengths) == 1 and not torch.is_grad_enabled():  # an answer's next token: no time to split and join
         return _attend(query, key, value, scale)[0].transpose(0, 1)
     context_lengths = segments.contexts.lengths if segments.contexts else segments.lengths
 
