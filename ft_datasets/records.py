@@ -100,7 +100,7 @@ def _read(path: Path, is_renamable: bool) -> Iterator[tuple[int, Any]]:
     """A file's entries, each with its line, or 0."""
     with _refusals(path):
         path.stat()  # what is not there is told before what its name means
-        kind = kind_of(path.name) or (".json" if not path.suffix or _begins_like_json(path) else None)
+        kind = kind_of(path.name) or (".json" if not path.suffix or _begins_with(path.open("rb"), b"[", b"{") else None)
         if kind is None:
             raise UserError(
                 _(
@@ -110,9 +110,11 @@ def _read(path: Path, is_renamable: bool) -> Iterator[tuple[int, Any]]:
                     kinds=", ".join(KINDS),
                 )
             )
-        if kind.startswith(".jsonl") or (kind.startswith(".json") and not is_renamable and _begins_with_object(path)):
+        is_json = kind.startswith(".json")
+        # Hubs have JSON lines under names that end in .json.
+        if kind.startswith(".jsonl") or (is_json and not is_renamable and _begins_with(_open(path), b"{")):
             yield from _read_lines(path)
-        elif kind.startswith(".json"):
+        elif is_json:
             for value in _read_list(path):
                 yield 0, value
         else:
@@ -120,15 +122,10 @@ def _read(path: Path, is_renamable: bool) -> Iterator[tuple[int, Any]]:
                 yield 0, value
 
 
-def _begins_with_object(path: Path) -> bool:
-    """Whether a JSON file holds JSON lines in the place of a list."""
-    with _open(path) as file:
-        return file.read(4096).removeprefix(BOM_UTF8).lstrip().startswith(b"{")
-
-
-def _begins_like_json(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{")
+def _begins_with(file: IO[bytes], *marks: bytes) -> bool:
+    """Whether a file's text begins with one of these marks, after blanks; the file is closed."""
+    with file:
+        return file.read(4096).removeprefix(BOM_UTF8).lstrip().startswith(marks)
 
 
 def _read_list(path: Path) -> list[Any]:

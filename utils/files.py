@@ -11,6 +11,9 @@ from typing import Any
 from configs.errors import UserError
 from configs.messages import _
 
+LONGEST_HEADER = 100_000_000
+"""Bytes of a safetensors file's header at most: the format's own limit."""
+
 
 def write_durably(path: Path, text: str) -> None:
     """Replace a file's text, in a way that survives a power cut at any instant."""
@@ -26,15 +29,7 @@ def replace_durably(source: Path, destination: Path) -> None:
     """Rename, and have the disk remember it."""
     source.replace(destination)
     if os.name == "posix":  # Windows can't open a folder, and its rename is written through
-        folder = os.open(destination.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-LONGEST_HEADER = 100_000_000
-"""The safetensors format's own limit."""
+        flush(destination.parent)
 
 
 def free_space(folder: Path) -> int:

@@ -201,8 +201,8 @@ def _merged(
     sha256: dict[str, str] = {}
     with ThreadPoolExecutor(1) as hasher:
         for name, weight in base.tensors():
-            digest = hasher.submit(whole_digest, weight)
+            digest = hasher.submit(whole_digest, weight) if base.is_weight(name) else None
             yield name, delta.apply(name, weight, quantization)
-            if base.is_weight(name):
+            if digest:
                 sha256[name] = digest.result()
     check_whole_base(delta.folder, base, sha256)
