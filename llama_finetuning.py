@@ -49,26 +49,29 @@ def main(**settings: Any) -> Path:
     """
     config = configure(TrainingConfig, settings)
 
+    from ft_datasets.chat_encoder import ChatEncoder
     from ft_datasets.loading import load_data
-    from ft_datasets.prompt import PromptTemplate
     from ft_datasets.tokenizer import Tokenizer
     from utils.download.dataset import fetch_data
     from utils.model.folder import ModelFolder
+    from utils.runs.description import template_for
 
     folder = ModelFolder(config.model_name)
-    tokenizer, template = Tokenizer(folder.path), PromptTemplate()
+    tokenizer = Tokenizer(folder.path)
     folder.check_vocabulary(tokenizer.vocab_size)
     folder.check_frozen_layers(config.frozen_layers or 0)
     if config.preview:
         from utils.reports.preview import preview
 
-        files = fetch_data(config.data.data_path, partial(print, file=sys.stderr))
-        preview(load_data(config, tokenizer, template, lambda _message: None, files).training[: config.preview])
+        files = fetch_data(config.data, partial(print, file=sys.stderr))
+        encoder = ChatEncoder(template_for(config, tokenizer), tokenizer)
+        preview(load_data(config, encoder, lambda _message: None, files).training[: config.preview])
     elif config.plan:
         from utils.reports.plan import print_plan
 
-        files = fetch_data(config.data.data_path, print)
-        print_plan(config, folder, load_data(config, tokenizer, template, print, files))
+        files = fetch_data(config.data, print)
+        encoder = ChatEncoder(template_for(config, tokenizer), tokenizer)
+        print_plan(config, folder, load_data(config, encoder, print, files))
     else:
         from utils.finetune import fine_tune
         from utils.machine.launch import joined_world
@@ -78,7 +81,7 @@ def main(**settings: Any) -> Path:
                 _("--enable_fsdp needs processes to share among: torchrun --nproc_per_node 2 llama_finetuning.py …")
             )
         with joined_world(config.one_gpu) as world:
-            fine_tune(config, world, folder, tokenizer, template)
+            fine_tune(config, world, folder, tokenizer)
     return Path(config.output_dir)
 
 

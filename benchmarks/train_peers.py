@@ -22,6 +22,7 @@ import torch
 from configs.datasets import AlpacaDataset
 from configs.quantization import Quantization
 from configs.training import TrainingConfig
+from ft_datasets.chat_encoder import ChatEncoder
 from ft_datasets.examples import IGNORE_INDEX, Example
 from ft_datasets.loading import load_data
 from ft_datasets.prompt import PromptTemplate
@@ -95,7 +96,8 @@ def read_steps(run: Run) -> list[list[Example]]:
         max_seq_length=run.max_seq_length,
         run_validation=False,
     )
-    examples = load_data(config, Tokenizer(run.model), PromptTemplate(), report=print).training
+    tokenizer = Tokenizer(run.model)
+    examples = load_data(config, ChatEncoder(PromptTemplate.alpaca(tokenizer), tokenizer), report=print).training
     schedule = Schedule(len(examples), run.batch, num_epochs=1_000_000, max_steps=run.steps, seed=config.seed)
     return [[examples[i] for i in schedule.indices(step)] for step in range(run.steps)]
 

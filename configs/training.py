@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.datasets import AlpacaDataset
+from configs.datasets import AlpacaDataset, ChatDataset, CustomDataset
 from configs.fsdp import FsdpConfig
 from configs.messages import _
 from configs.peft import LlamaAdapterConfig, LoraConfig, PrefixConfig
@@ -23,9 +23,16 @@ class TrainingConfig:
     """Folder of the base model, as model_download.py leaves it."""
     output_dir: str = "output/model"
     """Folder for the adapter (or the whole model), checkpoints, metrics.jsonl and loss.png."""
-    dataset: Literal["alpaca_dataset"] = "alpaca_dataset"
-    """Form of the data. Differs from llama-recipes (samsum): Alpaca JSON is what people have for Chinese."""
+    dataset: Literal["alpaca_dataset", "chat_dataset", "custom_dataset"] = "alpaca_dataset"
+    """Form of the data: alpaca_dataset = questions with answers, chat_dataset = conversations, custom_dataset = what a
+    function of yours gives. Differs from llama-recipes (samsum): Alpaca JSON is what people have for Chinese."""
     alpaca_dataset: AlpacaDataset = field(default_factory=AlpacaDataset)
+    chat_dataset: ChatDataset = field(default_factory=ChatDataset)
+    custom_dataset: CustomDataset = field(default_factory=CustomDataset)
+    prompt_template: str = "auto"
+    """The words that messages are put in: auto = the model's own chat template where its folder has one, else alpaca;
+    alpaca = Stanford Alpaca's words; model = the model's own; or a file with a chat template in Jinja. A run that goes
+    on keeps the one that it began with."""
 
     use_peft: bool = False
     """Train a small adapter over the frozen base model; without it all the weights are trained."""
@@ -134,7 +141,7 @@ class TrainingConfig:
     """Print what the run will take (memory, disk, steps), and end."""
 
     @property
-    def data(self) -> AlpacaDataset:
+    def data(self) -> AlpacaDataset | ChatDataset | CustomDataset:
         """The settings of the data, of the kind that `dataset` names."""
         return getattr(self, self.dataset)
 
@@ -200,6 +207,9 @@ class TrainingConfig:
                 bits=self.quantization,
             )
         yield from self._without_effect()
+        if not self.data.data_path:
+            needed = "file" if self.dataset == "custom_dataset" else "data_path"
+            yield _("--{name} needs a value", name=f"{self.dataset}.{needed}")
         if self.preview and self.plan:
             yield _("--preview and --plan each print and end: give one of them")
         if self.val_set_size >= 1 and self.val_set_size != int(self.val_set_size):
@@ -228,6 +238,9 @@ class TrainingConfig:
         """Settings that were changed although another one makes them do nothing."""
         defaults = type(self)()
         conditions = {
+            "alpaca_dataset": (self.dataset == "alpaca_dataset", "--dataset alpaca_dataset"),
+            "chat_dataset": (self.dataset == "chat_dataset", "--dataset chat_dataset"),
+            "custom_dataset": (self.dataset == "custom_dataset", "--dataset custom_dataset"),
             "peft_method": (self.use_peft, "--use_peft"),
             "lora_config": (self.method == "lora", "--use_peft --peft_method lora"),
             "llama_adapter_config": (

@@ -1,62 +1,39 @@
-"""Entries in Alpaca's form -> records."""
+"""Records in Alpaca's form: an instruction, perhaps an input, an output; what was said before, and to what rules."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
 from configs.messages import _
-from configs.text import has_half_character
-from ft_datasets.records import DataFiles, Entry, name_entries, read_entries
+from ft_datasets.conversation import Message
+from ft_datasets.kind import Complaint, Kind, checked_text
 
 
-@dataclass(frozen=True)
-class Record:
-    """An instruction and its answer; `number` is that of the entry in the data files, from 1, as a person counts."""
-
-    number: int
-    instruction: str
-    input: str
-    output: str
-
-
-def load_records(source: DataFiles | str | Path) -> list[Record]:
-    """Read and check data in Alpaca's form: from one file, or from several one after another.
+def read_messages(entry: dict[str, Any]) -> list[Message]:
+    """The messages of one record; every answer is learnt, those of its `history` too.
 
     Raises:
-        UserError: naming the file and the line, or the numbers of the records that are wrong.
+        Complaint: it can't be used.
     """
-    files = source if isinstance(source, DataFiles) else DataFiles((Path(source),))
-    complaints: dict[str, list[Entry]] = {}
-    records = []
-    for entry in read_entries(files):
-        complaint, value = _complaint(entry.value), entry.value
-        if complaint:
-            complaints.setdefault(complaint, []).append(entry._replace(value=None))
-        else:
-            records.append(Record(entry.number, value["instruction"], value.get("input") or "", value["output"]))
-    if complaints:
-        lines = [f"  {complaint}: {name_entries(entries, files)}" for complaint, entries in complaints.items()]
-        heading = _("{file}: these records can't be used (records count from 1):", file=files)
-        advice = _('Each record needs "instruction" and "output" as text, and may have "input".')
-        raise UserError("\n".join([heading, *lines, advice]))
-    return records
+    for key in ("instruction", "output"):
+        if entry.get(key) is None:
+            raise Complaint(_('without "{key}"', key=key))
+    system = checked_text(entry.get("system") or "", "system", may_be_empty=True)
+    messages = [Message("system", system)] if system.strip() else []
+    history = entry.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise Complaint(_('"history" is not a list of [question, answer]'))
+    for asked, answered in history:
+        messages.append(Message("user", checked_text(asked, "history")))
+        messages.append(Message("assistant", checked_text(answered, "history"), is_learnt=True))
+    given = "" if entry.get("input") is None else checked_text(entry["input"], "input", may_be_empty=True)
+    messages.append(Message("user", checked_text(entry["instruction"], "instruction"), given))
+    messages.append(Message("assistant", checked_text(entry["output"], "output"), is_learnt=True))
+    return messages
 
 
-def _complaint(entry: Any) -> str:
-    """What keeps an entry from being a record, or ''."""
-    if not isinstance(entry, dict):
-        return _("not an object with named fields")
-    for key in ("instruction", "output"):
-        if key not in entry or entry[key] is None:
-            return _('without "{key}"', key=key)
-    for key in ("instruction", "input", "output"):
-        if not isinstance(entry.get(key), str | None):
-            return _('"{key}" is not text', key=key)
-    for key in ("instruction", "output"):
-        if not entry[key].strip():
-            return _('"{key}" is empty', key=key)
-    for key in ("instruction", "input", "output"):
-        if has_half_character(entry.get(key) or ""):
-            return _('"{key}" holds half a character (a lone surrogate)', key=key)
-    return ""
+ALPACA = Kind(
+    fields=("instruction", "input", "output", "system", "history"),
+    advice=lambda: _(
+        'Each record needs "instruction" and "output" as text, and may have "input", "system" and "history".'
+    ),
+    read_messages=read_messages,
+)

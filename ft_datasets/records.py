@@ -32,10 +32,21 @@ class DataFiles:
         paths: where they lie.
         origin: of data from a hub its repository, configuration, split and commit, as training_config.json names them;
             nothing for files of one's own.
+        sources: what several are put together from, each a data_path of its own; () = it is one itself.
     """
 
     paths: tuple[Path, ...]
-    origin: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+    sources: tuple["DataFiles", ...] = ()
+
+    @classmethod
+    def joined(cls, sources: Sequence["DataFiles"]) -> "DataFiles":
+        """The files of several sources, in their order."""
+        if len(sources) == 1:
+            return sources[0]
+        origins = [source.origin for source in sources]
+        paths = tuple(path for source in sources for path in source.paths)
+        return cls(paths, {"sources": origins} if any(origins) else {}, tuple(sources))
 
     def __str__(self) -> str:
         first, more = self.paths[0], len(self.paths) - 1
@@ -49,12 +60,14 @@ class Entry(NamedTuple):
         number: the record's, counted from 1 through all files, as a person counts.
         line: where it stands, in files that are read by lines; else 0.
         value: what the file holds there.
+        source: which of several sources of the data it is from, from 0.
     """
 
     number: int
     file: Path
     line: int
     value: Any
+    source: int = 0
 
 
 def read_entries(files: DataFiles) -> Iterator[Entry]:
@@ -64,10 +77,11 @@ def read_entries(files: DataFiles) -> Iterator[Entry]:
         UserError: a file is not there, is of a kind that is not read, or is damaged; or there is no entry in any.
     """
     number = 0
-    for path in files.paths:
-        for line, value in _read(path, is_renamable=not files.origin):
-            number += 1
-            yield Entry(number, path, line, value)
+    for source, part in enumerate(files.sources or (files,)):
+        for path in part.paths:
+            for line, value in _read(path, is_renamable=not part.origin):
+                number += 1
+                yield Entry(number, path, line, value, source)
     if not number:
         raise UserError(_("{file}: there are no records in it, so there is nothing to learn from.", file=files))
 
@@ -210,7 +224,10 @@ def _refusals(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(
-            _("{file} is not there. Give the data file with --alpaca_dataset.data_path.", file=path)
+            _(
+                "{file} is not there. Give the data file with --alpaca_dataset.data_path (--chat_dataset.data_path).",
+                file=path,
+            )
         ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(

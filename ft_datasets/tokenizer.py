@@ -4,12 +4,13 @@ A folder with a SentencePiece `tokenizer.model` is read by SentencePiece itself,
 the tokenizers library: loading either through transformers gives other tokens for some folders (no BOS where
 tokenizer_config.json is missing, runs of spaces changed where tokenizer.json is missing, digits no longer split where
 the class is GPT2Tokenizer). Special tokens spelled out in a text (`<s>`, `<|im_end|>`) are ordinary characters: what a
-user writes can't end a turn.
+user writes can't end a turn. Those that a prompt template writes are put in by id (ft_datasets/chat_encoder.py).
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +18,31 @@ from configs.errors import UserError
 from configs.messages import _
 from utils.files import read_json
 
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+"""Keys of tokenizer_config.json under which a template finds a special token."""
+
+
+@dataclass(frozen=True)
+class SpecialToken:
+    """A token that a template writes as a text of its own.
+
+    Attributes:
+        lstrip, rstrip: blanks before it, or behind it, belong to it.
+    """
+
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
+
 
 class _Backend(Protocol):
     def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]: ...
+    def encode_after_special(self, texts: Sequence[str], threads: int) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
+    def id_to_token(self, token_id: int) -> str | None: ...
 
+    special_tokens: dict[str, SpecialToken]
     vocab_size: int
 
 
@@ -32,9 +52,14 @@ class _SentencePiece:
 
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.vocab_size = self.processor.vocab_size()
+        control = filter(self.processor.is_control, range(self.vocab_size))
+        self.special_tokens = {self.processor.id_to_piece(i): SpecialToken(i) for i in control}
 
     def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         return self.processor.encode(list(texts), num_threads=threads)
+
+    def encode_after_special(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        return self.encode(texts, threads)
 
     def decode(self, ids: Sequence[int]) -> str:
         # Ids past the vocabulary are padding of the embedding; control symbols decode to nothing.
@@ -44,6 +69,13 @@ class _SentencePiece:
         found = self.processor.piece_to_id(token)
         return found if self.processor.id_to_piece(found) == token else None
 
+    def id_to_token(self, token_id: int) -> str | None:
+        return self.processor.id_to_piece(token_id) if token_id < self.vocab_size else None
+
+
+MARK = "\ufdd0"
+"""A token that stands for any special one; no text holds this character."""
+
 
 class _FastTokenizer:
     def __init__(self, path: Path) -> None:
@@ -52,17 +84,32 @@ class _FastTokenizer:
         self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.tokenizer.encode_special_tokens = True
         self.vocab_size = self.tokenizer.get_vocab_size()
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {
+            token.content: SpecialToken(i, token.lstrip, token.rstrip) for i, token in added.items() if token.special
+        }
+        self.tokenizer.encode_special_tokens = True
+        self.after_special = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
+        self.after_special.encode_special_tokens = True
+        self.after_special.add_tokens([tokenizers.AddedToken(MARK, normalized=False)])
 
     def encode(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         return [e.ids for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_after_special(self, texts: Sequence[str], threads: int) -> list[list[int]]:
+        # Some tokenizers put a space before the beginning of a text alone, and what follows a token is no beginning.
+        marked = [MARK + text for text in texts]
+        return [e.ids[1:] for e in self.after_special.encode_batch_fast(marked, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def token_to_id(self, token: str) -> int | None:
         return self.tokenizer.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return self.tokenizer.id_to_token(token_id)
 
     def added_before(self) -> list[int]:
         """What the tokenizer's own post-processor puts before a text, such as Llama 3's <|begin_of_text|>."""
@@ -79,6 +126,8 @@ class Tokenizer:
         bos_ids: what stands before every text; [] for models without BOS.
         eos_id: what ends every answer.
         stop_ids: every id that ends an answer in generation (eos_id among them).
+        special_tokens: what a template may write, by its text; no text of a user or of the data becomes one.
+        named_tokens: the texts of those that a template may name, such as bos_token.
         vocab_size: how many tokens there are.
         fingerprint: a hash over the files that define the tokens.
     """
@@ -86,9 +135,9 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         sentencepiece_file, fast_file = folder / "tokenizer.model", folder / "tokenizer.json"
-        config = _settings(folder / "tokenizer_config.json")
-        model_config = _settings(folder / "config.json")
-        generation = _settings(folder / "generation_config.json")
+        config = read_settings(folder / "tokenizer_config.json")
+        model_config = read_settings(folder / "config.json")
+        generation = read_settings(folder / "generation_config.json")
         source = sentencepiece_file if sentencepiece_file.is_file() else fast_file
         if not source.is_file():
             raise UserError(
@@ -107,7 +156,7 @@ class Tokenizer:
         self.vocab_size = self._backend.vocab_size
         eos_of_model = _as_list(generation.get("eos_token_id")) or _as_list(model_config.get("eos_token_id"))
         self.eos_id = self._special_id(config, "eos_token", "</s>", eos_of_model)
-        self.eos_token = self._token_text(config, "eos_token", "</s>")
+        self.eos_token = self._backend.id_to_token(self.eos_id) or self._token_text(config, "eos_token", "</s>")
         self.stop_ids = frozenset([self.eos_id, *eos_of_model])
         if isinstance(self._backend, _FastTokenizer):
             self.bos_ids = self._backend.added_before()
@@ -115,7 +164,11 @@ class Tokenizer:
             self.bos_ids = [self._special_id(config, "bos_token", "<s>", _as_list(model_config.get("bos_token_id")))]
         else:
             self.bos_ids = []
-        self.bos_token = self._token_text(config, "bos_token", "<s>") if self.bos_ids else ""
+        self.bos_token = "".join(self._backend.id_to_token(i) or "" for i in self.bos_ids)
+        self.special_tokens = self._find_special_tokens(config, read_settings(folder / "added_tokens.json"))
+        named = {name: config[name] for name in NAMED_TOKENS if config.get(name)}
+        self.named_tokens = {name: self._token_text(named, name, "") for name in named}
+        self.named_tokens |= {"eos_token": self.eos_token} | ({"bos_token": self.bos_token} if self.bos_token else {})
         digest = hashlib.sha256(source.read_bytes())
         digest.update(json.dumps([self.bos_ids, self.eos_id]).encode())
         self.fingerprint = digest.hexdigest()
@@ -128,9 +181,28 @@ class Tokenizer:
         """The ids of many texts, each after BOS; see `encode`."""
         return [self.bos_ids + ids for ids in self._backend.encode(texts, threads)]
 
+    def encode_after_special(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """The ids of texts that stand behind a special token, without BOS."""
+        return self._backend.encode_after_special(texts, threads)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens."""
         return self._backend.decode(ids)
+
+    def _find_special_tokens(self, config: dict[str, Any], added: dict[str, Any]) -> dict[str, SpecialToken]:
+        """The tokenizer's own special tokens, and what tokenizer_config.json and added_tokens.json add to them."""
+        found = dict(self._backend.special_tokens)
+        if isinstance(self._backend, _SentencePiece):  # a tokenizer.json holds its added tokens itself
+            found |= {text: SpecialToken(i) for text, i in added.items() if isinstance(i, int)}
+            decoder = config.get("added_tokens_decoder")
+            for i, token in (decoder if isinstance(decoder, dict) else {}).items():
+                if i.isdigit() and isinstance(token, dict) and token.get("special") and token.get("content"):
+                    strips = (bool(token.get("lstrip")), bool(token.get("rstrip")))
+                    found[token["content"]] = SpecialToken(int(i), *strips)
+        ends = {self.eos_token: self.eos_id}
+        if len(self.bos_ids) == 1:
+            ends[self.bos_token] = self.bos_ids[0]
+        return {text: SpecialToken(i) for text, i in ends.items()} | found
 
     def _special_id(self, config: dict[str, Any], name: str, usual: str, of_model: list[int]) -> int:
         found = self._backend.token_to_id(self._token_text(config, name, usual))
@@ -152,5 +224,6 @@ def _as_list(value: int | list[int] | None) -> list[int]:
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a JSON file of a model's folder holds; nothing where there is no such file."""
     return read_json(path) if path.is_file() else {}

@@ -63,7 +63,11 @@ class IncrementalDecoder:
 
 
 class StopText:
-    """A filter that ends a text where a stop string begins; an end that may be its beginning is held back."""
+    """A filter that ends a text where a stop string begins; an end that may be its beginning is held back.
+
+    Args:
+        stop: the string; '' = none ends it.
+    """
 
     def __init__(self, stop: str) -> None:
         self.stop = stop
@@ -75,6 +79,8 @@ class StopText:
         if self.found:
             return ""
         text = self.held + piece
+        if not self.stop:
+            return text
         before, stop, _after = text.partition(self.stop)
         if stop:
             self.found, self.held = True, ""

@@ -12,8 +12,9 @@ from torch import nn
 from configs.errors import UserError
 from configs.messages import _
 from configs.serving import Sampling
-from ft_datasets.prompt import PromptTemplate, Turn
-from ft_datasets.tokenizer import Tokenizer
+from ft_datasets.chat_encoder import ChatEncoder
+from ft_datasets.conversation import Turn, messages_of
+from ft_datasets.prompt import TemplateRefusal
 from inference.cache import KeyValueCache
 from inference.detokenizer import IncrementalDecoder, StopText
 from inference.sampling import choose
@@ -26,6 +27,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 class PromptTooLong(UserError):
     """The prompt does not fit in the model's context."""
+
+
+class PromptRefused(UserError):
+    """The prompt template does not take the conversation."""
 
 
 @dataclass
@@ -54,25 +59,28 @@ class Engine:
 
     Args:
         model: base model, with or without an adapter, in eval mode.
-        tokenizer: the model's.
-        template: the prompt that it was trained on.
+        encoder: the words that it was trained on, and its tokenizer.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, template: PromptTemplate) -> None:
-        self.model, self.tokenizer, self.template = model, tokenizer, template
+    def __init__(self, model: nn.Module, encoder: ChatEncoder) -> None:
+        self.model, self.encoder, self.tokenizer = model, encoder, encoder.tokenizer
         config = causal_lm(model).config
         # Attention over more than a sliding window (Mistral's first version) is not computed here.
         window = getattr(config, "sliding_window", None) or config.max_position_embeddings
         self.context = min(config.max_position_embeddings, window) - learnt_prefix(model)[0].length
         self.device = causal_lm(model).get_input_embeddings().weight.device
 
-    def encode_chat(self, prompt: str, history: Sequence[Turn] = ()) -> list[int]:
+    def encode_chat(self, prompt: str, history: Sequence[Turn] = (), system: str = "") -> list[int]:
         """The ids of a prompt after the earlier turns.
+
+        Args:
+            system: what the model is told before all turns; '' = nothing.
 
         Raises:
             PromptTooLong: they leave no room for an answer in the model's context.
+            PromptRefused: the template does not take them.
         """
-        ids = self.tokenizer.encode(self.template.render(prompt, history=history))
+        ids = self._prompt_ids(prompt, history, system)
         if len(ids) >= self.context:
             raise PromptTooLong(
                 _(
@@ -84,12 +92,20 @@ class Engine:
             )
         return ids
 
-    def recent_turns(self, prompt: str, history: Sequence[Turn], room: int) -> list[Turn]:
+    def _prompt_ids(self, prompt: str, history: Sequence[Turn], system: str) -> list[int]:
+        try:
+            return self.encoder.prompt_ids(messages_of(prompt, history, system))
+        except TemplateRefusal as error:
+            raise PromptRefused(
+                _("This model's prompt template does not take the conversation: {error}", error=error)
+            ) from error
+
+    def recent_turns(self, prompt: str, history: Sequence[Turn], room: int, system: str = "") -> list[Turn]:
         """The latest turns of `history` that leave `room` tokens for the answer (half the context at most)."""
         room = min(room, self.context // 2)
         for first in range(len(history) + 1):
             turns = list(history[first:])
-            if len(self.tokenizer.encode(self.template.render(prompt, history=turns))) + room <= self.context:
+            if len(self._prompt_ids(prompt, turns, system)) + room <= self.context:
                 return turns
         return []
 
@@ -110,7 +126,7 @@ class Engine:
         """
         statistics = statistics or Statistics()
         statistics.prompt_tokens = len(prompt_ids)
-        decoder, stop_text = IncrementalDecoder(self.tokenizer), StopText(self.template.stop_text)
+        decoder, stop_text = IncrementalDecoder(self.tokenizer), StopText(self.encoder.template.stop_text)
         limit = min(sampling.max_new_tokens, self.context - len(prompt_ids))
         started = 0.0
         statistics.finish_reason = "length"
@@ -118,7 +134,7 @@ class Engine:
             statistics.seconds = time.perf_counter() - started if started else 0.0
             started = started or time.perf_counter()
             statistics.new_tokens += 1
-            if token_id in self.tokenizer.stop_ids:
+            if token_id in self.encoder.stop_ids:
                 statistics.finish_reason = "stop"
                 break
             if piece := stop_text.push(decoder.push(token_id)):

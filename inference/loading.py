@@ -5,14 +5,15 @@ from pathlib import Path
 import torch
 
 from configs.quantization import Quantization
-from ft_datasets.prompt import PromptTemplate
+from ft_datasets.chat_encoder import ChatEncoder
+from ft_datasets.prompt import choose_template
 from ft_datasets.tokenizer import Tokenizer
 from inference.engine import Engine
 from utils.machine.precision import half_precision
 from utils.model.folder import ModelFolder
 from utils.model.weights import load_base_model
 from utils.results.adapter_folder import check_adapter_folder, load_adapter, template_of
-from utils.runs.description import read_training_config
+from utils.runs.description import described_template, read_training_config
 
 
 def load_engine(base_model: str, lora_weights: str, quantization: Quantization | None) -> Engine:
@@ -31,9 +32,10 @@ def load_engine(base_model: str, lora_weights: str, quantization: Quantization |
     base.check_vocabulary(tokenizer.vocab_size)
     if adapter:
         template = template_of(adapter, base, tokenizer)
+    elif described := read_training_config(base.path):
+        template = described_template(base.path, described, tokenizer)
     else:
-        described = read_training_config(base.path)
-        template = PromptTemplate(**described["prompt_template"]) if described else PromptTemplate()
+        template = choose_template("auto", base.path, tokenizer)
 
     count = torch.cuda.device_count()
     devices = [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
@@ -41,4 +43,4 @@ def load_engine(base_model: str, lora_weights: str, quantization: Quantization |
     model = load_base_model(base, dtype, devices, quantization)
     if adapter:
         model = load_adapter(model, adapter, dtype)
-    return Engine(model, tokenizer, template)
+    return Engine(model, ChatEncoder(template, tokenizer))

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from configs.errors import run_main
 from configs.messages import _
-from ft_datasets.prompt import PromptTemplate
+from ft_datasets.prompt import AlpacaWords
 from utils.quiet import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,8 +147,8 @@ def make_base(corpus: list[dict[str, str]]) -> None:
 
 def train_tokenizer(corpus: list[dict[str, str]], folder: Path) -> None:
     """A tokenizer learnt from the corpus."""
-    template = PromptTemplate()
-    texts = [template.render(entry["instruction"], entry["input"]) + entry["output"] for entry in corpus]
+    words = AlpacaWords()
+    texts = [words.prompt(entry["instruction"], entry["input"]) + entry["output"] for entry in corpus]
     folder.mkdir()
     train_sentencepiece(texts, folder, TINY["vocab_size"], character_coverage=0.995)
 

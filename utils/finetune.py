@@ -7,8 +7,8 @@ from typing import Any
 
 from configs.messages import _
 from configs.training import TrainingConfig
+from ft_datasets.chat_encoder import ChatEncoder
 from ft_datasets.loading import Data, fingerprint, load_data
-from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.download.dataset import fetch_data
 from utils.machine.launch import was_restarted
@@ -23,7 +23,7 @@ from utils.reports import run as report
 from utils.reports.loss_picture import draw_losses
 from utils.results.saving import save_result
 from utils.runs.base_model import BaseIdentity
-from utils.runs.description import describe_run, write_training_config
+from utils.runs.description import describe_run, template_for, write_training_config
 from utils.runs.folder import hold_folder
 from utils.runs.metrics import Metrics
 from utils.runs.start import Start, check_same_base, find_start, repeated_steps
@@ -38,9 +38,7 @@ MAY_DIFFER = ("model_name", "data_path", "num_workers_dataloader", "gpu_memory_g
 """Settings that may be different ones for each process of a run: what is read must be equal, wherever it lies."""
 
 
-def fine_tune(
-    config: TrainingConfig, world: World, folder: ModelFolder, tokenizer: Tokenizer, template: PromptTemplate
-) -> None:
+def fine_tune(config: TrainingConfig, world: World, folder: ModelFolder, tokenizer: Tokenizer) -> None:
     """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
     say = report.speaker(world)
     check_processes_agree(config, world)
@@ -50,9 +48,10 @@ def fine_tune(
             check_shared(world, folder_of_all)
         if was_restarted(world):
             config = replace(config, resume="auto")  # --resume was about the first start
-        data = read_data(config, world, tokenizer, template, say)
+        encoder = ChatEncoder(decide_on_main(world, lambda: template_for(config, tokenizer)), tokenizer)
+        data = read_data(config, world, encoder, say)
         folder.check_length(data.longest)
-        start = find_where_to_start(config, world, folder, tokenizer, template, data)
+        start = find_where_to_start(config, world, folder, encoder, data)
         report.start_notes(start, Path(config.output_dir), say)
         if start.is_finished:
             return
@@ -63,7 +62,7 @@ def fine_tune(
         base = BaseIdentity(folder.fingerprint(), folder.digests, sha256.result())
         if start.checkpoint and not config.accept_changes:
             decide_on_main(world, lambda: check_same_base(start.checkpoint, base))
-        train(trainer, describe_run(config, tokenizer, template, base, data.origin), say)
+        train(trainer, describe_run(config, encoder, base, data.origin), say)
 
 
 def check_processes_agree(config: TrainingConfig, world: World) -> None:
@@ -78,29 +77,23 @@ def check_processes_agree(config: TrainingConfig, world: World) -> None:
     check_ranks_agree(settings)
 
 
-def read_data(
-    config: TrainingConfig, world: World, tokenizer: Tokenizer, template: PromptTemplate, say: report.Say
-) -> Data:
-    """The run's data, from a file or a hub, as examples."""
-    files = decide_on_main(world, lambda: fetch_data(config.data.data_path, say))
+def read_data(config: TrainingConfig, world: World, encoder: ChatEncoder, say: report.Say) -> Data:
+    """The run's data, from files, a hub or a function, as examples in the template's words."""
+    files = decide_on_main(world, lambda: fetch_data(config.data, say))
     say(_("Reading {file} …", file=files or config.data.data_path))
-    return load_data(config, tokenizer, template, say, files)
+    say(report.which_template(encoder.template))
+    return load_data(config, encoder, say, files)
 
 
 def find_where_to_start(
-    config: TrainingConfig,
-    world: World,
-    folder: ModelFolder,
-    tokenizer: Tokenizer,
-    template: PromptTemplate,
-    data: Data,
+    config: TrainingConfig, world: World, folder: ModelFolder, encoder: ChatEncoder, data: Data
 ) -> Start:
     """The run's beginning, or where it goes on; every process has the same data and the same base model."""
     fingerprints = {
         "data": fingerprint(data.training),
         "base_model": folder.fingerprint(),
-        "tokenizer": tokenizer.fingerprint,
-        "prompt_template": repr(template),
+        "tokenizer": encoder.tokenizer.fingerprint,
+        "prompt_template": encoder.template.identity,
     }
     check_ranks_agree({**fingerprints, "held_out": fingerprint(data.held_out)})
     return decide_on_main(world, lambda: find_start(config, world.size, len(data.training), fingerprints, folder))

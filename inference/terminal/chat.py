@@ -12,8 +12,8 @@ from configs.command_line import Flag
 from configs.errors import UserError
 from configs.messages import _
 from configs.serving import Sampling
-from ft_datasets.prompt import Turn
-from inference.engine import Engine, PromptTooLong, Statistics
+from ft_datasets.conversation import Turn
+from inference.engine import Engine, PromptRefused, PromptTooLong, Statistics
 
 
 def answer_once(engine: Engine, prompt: str, sampling: Sampling) -> str:
@@ -85,7 +85,7 @@ class Chat:
             for piece in self.engine.stream(self.engine.encode_chat(question, turns), self.sampling, statistics):
                 answer += piece
                 print(piece, end="", flush=True)
-        except PromptTooLong as error:
+        except (PromptTooLong, PromptRefused) as error:
             print(error)
             return
         except KeyboardInterrupt:

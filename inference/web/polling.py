@@ -21,8 +21,8 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.serving import Sampling
 from configs.text import has_half_character
-from ft_datasets.prompt import Turn
-from inference.engine import Engine, PromptTooLong
+from ft_datasets.conversation import Turn
+from inference.engine import Engine, PromptRefused, PromptTooLong
 from inference.web.stream_sessions import STOP, StreamSessions
 
 
@@ -123,6 +123,10 @@ def make_app(engine: Engine, defaults: Sampling, sessions: StreamSessions) -> Fa
     @app.exception_handler(PromptTooLong)
     async def too_long(_request: Request, error: PromptTooLong) -> JSONResponse:
         return _refusal(413, f"prompt: {error}")
+
+    @app.exception_handler(PromptRefused)
+    async def refused(_request: Request, error: PromptRefused) -> JSONResponse:
+        return _refusal(422, f"prompt: {error}")
 
     return app
 

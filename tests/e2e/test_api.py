@@ -94,12 +94,12 @@ def server(model_folder):
 
 @pytest.fixture(scope="module")
 def greedy(tiny_model):
-    """Prompt text -> the answer that transformers gives."""
+    """Prompt text, in parts between which EOS stands -> the answer that transformers gives."""
     model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tiny_model / "tokenizer.model"))
 
-    def answer(prompt: str) -> str:
-        ids = [1, *processor.encode(prompt)]
+    def answer(prompt: str, *after_end: str) -> str:
+        ids = [1, *processor.encode(prompt), *(i for text in after_end for i in (2, *processor.encode(text)))]
         out = model.generate(
             torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids)),
@@ -129,12 +129,13 @@ def test_the_answer_grows_to_what_the_model_says(server, greedy):
 
 def test_history_is_part_of_the_prompt(server, greedy):
     expected = greedy(
-        f"{HEADER}### Instruction:\n天气\n\n### Response:很好。\n\n### Instruction:\n你好\n\n### Response:"
+        f"{HEADER}### Instruction:\n天气\n\n### Response:挺冷。",
+        "\n\n### Instruction:\n你好\n\n### Response:",
     )
     assert expected != greedy(f"{HEADER}### Instruction:\n你好\n\n### Response:")
-    last = server.ask(prompt="你好", history=[["天气", "很好。"]], **GREEDY)[-1]
+    last = server.ask(prompt="你好", history=[["天气", "挺冷。"]], **GREEDY)[-1]
     assert last["response"] == expected.lstrip("\n") + "[stop]"
-    assert last["history"] == [["天气", "很好。"], ["你好", expected]]
+    assert last["history"] == [["天气", "挺冷。"], ["你好", expected]]
 
 
 def test_clients_with_sessions_have_streams_of_their_own(server):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers.command_runs import call_main, run_script, torchrun
 from helpers.environment import ENVIRONMENT, ROOT
+from helpers.records import alpaca_encoder
 from helpers.tiny_models import make_model
 from safetensors.torch import load_file, save_file
 
@@ -25,8 +26,6 @@ from configs.command_line import run_command
 from configs.errors import UserError
 from configs.serving import ChatConfig
 from configs.training import TrainingConfig
-from ft_datasets.prompt import PromptTemplate
-from ft_datasets.tokenizer import Tokenizer
 from utils.model.folder import ModelFolder
 from utils.runs.base_model import BaseIdentity
 from utils.runs.description import describe_run, write_training_config
@@ -60,7 +59,7 @@ def make_adapter(folder: Path, model_folder: Path, peft_config=None, **more) -> 
     settings = TrainingConfig(model_name=str(model_folder), output_dir=str(folder), use_peft=True)
     folder_of_base = ModelFolder(model_folder)
     base = BaseIdentity(folder_of_base.fingerprint(), folder_of_base.digests, folder_of_base.sha256())
-    write_training_config(folder, describe_run(settings, Tokenizer(model_folder), PromptTemplate(), base) | more)
+    write_training_config(folder, describe_run(settings, alpaca_encoder(model_folder), base) | more)
     return folder
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from helpers.command_runs import call_main, readme_flags
 from helpers.environment import ROOT
+from helpers.records import alpaca_template
 from safetensors.torch import load_file, save_file
 
 import api_stream
 import generate
 import llama_finetuning
 from configs.errors import UserError
-from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.model import digests
 from utils.model.folder import ModelFolder
@@ -107,11 +107,11 @@ def test_merging_sees_what_rows_can_not_tell(tiny_model, finished, tmp_path, mon
     describe_base(adapter, BaseIdentity(own.fingerprint(), own.digests, own.sha256()))
     other = ModelFolder(changed(tiny_model, tmp_path / "base", "two rows swapped"))
     before = sorted(tmp_path.iterdir())
-    assert template_of(adapter, other, Tokenizer(other.path)) == PromptTemplate()
+    assert template_of(adapter, other, Tokenizer(other.path)) == alpaca_template(other.path)
     with pytest.raises(UserError, match=f"another base model.*{tiny_model}.* 1 of 21 tensors differ: {EMBEDDING}"):
-        merge(other, adapter, tmp_path / "merged", PromptTemplate(), 4.0)
+        merge(other, adapter, tmp_path / "merged", alpaca_template(other.path), 4.0)
     assert sorted(tmp_path.iterdir()) == before
-    merge(own, adapter, tmp_path / "merged", PromptTemplate(), 4.0)
+    merge(own, adapter, tmp_path / "merged", alpaca_template(own.path), 4.0)
 
 
 def test_a_run_goes_on_over_its_own_base_only_and_remembers_it(tiny_model, data_file, tmp_path, monkeypatch):
@@ -134,8 +134,8 @@ def test_files_that_hold_rotary_frequencies_too_are_the_same_base(tiny_model, fi
     tensors = load_file(folder / "model.safetensors") | frequencies
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     base = ModelFolder(folder)
-    assert template_of(finished[0], base, Tokenizer(folder)) == PromptTemplate()
-    merge(base, finished[0], tmp_path / "merged", PromptTemplate(), 4.0)
+    assert template_of(finished[0], base, Tokenizer(folder)) == alpaca_template(folder)
+    merge(base, finished[0], tmp_path / "merged", alpaca_template(base.path), 4.0)
 
 
 def test_an_adapter_of_an_earlier_version_is_compared_by_first_rows_and_says_so(tiny_model, finished, tmp_path, capsys):
@@ -143,10 +143,10 @@ def test_an_adapter_of_an_earlier_version_is_compared_by_first_rows_and_says_so(
     describe_base(adapter, BaseIdentity(own.first_row_fingerprint()))
     same_first_rows = ModelFolder(changed(tiny_model, tmp_path / "same first rows", "every row but the first"))
     for base in (own, same_first_rows):
-        assert template_of(adapter, base, Tokenizer(base.path)) == PromptTemplate()
+        assert template_of(adapter, base, Tokenizer(base.path)) == alpaca_template(base.path)
         (line,) = capsys.readouterr().err.splitlines()
         assert str(adapter) in line and BY_EARLIER_VERSION in line
-        merge(base, adapter, tmp_path / "merged" / base.path.name, PromptTemplate(), 4.0)
+        merge(base, adapter, tmp_path / "merged" / base.path.name, alpaca_template(base.path), 4.0)
     other = ModelFolder(changed(tiny_model, tmp_path / "other", "another fine-tune"))
     with pytest.raises(UserError, match="another base model"):
         template_of(adapter, other, Tokenizer(other.path))

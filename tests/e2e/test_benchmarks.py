@@ -12,7 +12,7 @@ from benchmarks import train
 from benchmarks.make_model import make_model, write_long_data
 from benchmarks.train_peers import Run
 from benchmarks.train_report import BEGIN, END, Result, table, write_report
-from ft_datasets.prompt import PromptTemplate
+from ft_datasets.prompt import AlpacaWords
 from ft_datasets.tokenizer import Tokenizer
 from utils.model.folder import ModelFolder
 
@@ -28,7 +28,7 @@ def test_one_command_measures_us_and_the_padded_loop_alike(tiny_model, data_file
     # A step is the whole file, so that SentencePiece alone can say how many tokens it has.
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tiny_model / "tokenizer.model"))
     records = json.loads(data_file.read_text(encoding="utf-8"))
-    texts = [PromptTemplate().render(r["instruction"], r["input"]) + r["output"] for r in records]
+    texts = [AlpacaWords().prompt(r["instruction"], r["input"]) + r["output"] for r in records]
     tokens = sum(len(processor.encode(text)) + 2 for text in texts)
     assert (ours.tokens, padded.tokens) == (4 * tokens, 4 * tokens)
     # The same work: a fresh adapter adds nothing, so the first loss is the base's on the same response tokens.
@@ -149,6 +149,6 @@ def test_a_made_model_and_long_data_can_be_used(tmp_path):
     make_model("tiny", folder, corpus)  # it is there
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     long = json.loads(write_long_data(corpus, folder, 2000, 3, tmp_path / "long.json").read_text(encoding="utf-8"))
-    lengths = [len(Tokenizer(folder).encode(PromptTemplate().render(r["instruction"]) + r["output"])) for r in long]
+    lengths = [len(Tokenizer(folder).encode(AlpacaWords().prompt(r["instruction"]) + r["output"])) for r in long]
     assert len(lengths) == 3
     assert all(1500 < length < 2000 for length in lengths)

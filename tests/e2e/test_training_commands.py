@@ -36,7 +36,7 @@ def test_the_readmes_command_leaves_what_is_documented(finished, tiny_model, dat
     assert described["settings"]["alpaca_dataset"]["data_path"] == str(data_file)
     assert described["trained_steps"] == STEPS
     assert (described["bos_ids"], described["eos_id"]) == ([1], 2)
-    assert "### Response:" in described["prompt_template"]["response"]
+    assert "### Response:" in described["prompt_template"]["source"]
     assert {"tokenizer_fingerprint", "base_model_fingerprint", "versions"} <= described.keys()
 
     assert "Traceback" not in result.stderr

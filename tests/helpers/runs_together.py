@@ -71,7 +71,6 @@ def _take_part(rank: int, case: Case, model: Path, data: Path, folder: Path) -> 
     from configs.command_line import parse
     from configs.errors import UserError
     from configs.training import TrainingConfig
-    from ft_datasets.prompt import PromptTemplate
     from ft_datasets.tokenizer import Tokenizer
     from utils.finetune import fine_tune
     from utils.machine.world import World
@@ -98,7 +97,7 @@ def _take_part(rank: int, case: Case, model: Path, data: Path, folder: Path) -> 
         if case.instead:
             case.instead(config, world, base)
         else:
-            fine_tune(config, world, base, Tokenizer(base.path), PromptTemplate())
+            fine_tune(config, world, base, Tokenizer(base.path))
     except UserError as refused:
         error = str(refused)
     except Exception:

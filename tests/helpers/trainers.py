@@ -27,8 +27,7 @@ def make_trainer(model_folder: Path, output: Path, data: Path | None = None, che
 
     from configs.training import TrainingConfig
     from ft_datasets.loading import Data, load_data
-    from ft_datasets.prompt import PromptTemplate
-    from ft_datasets.tokenizer import Tokenizer
+    from helpers.records import alpaca_encoder
     from utils.machine.world import World
     from utils.model.adapters import trainable_parameters
     from utils.model.folder import ModelFolder
@@ -45,7 +44,7 @@ def make_trainer(model_folder: Path, output: Path, data: Path | None = None, che
     output.mkdir(parents=True, exist_ok=True)
     if data is not None:
         config.alpaca_dataset.data_path = str(data)
-        examples = load_data(config, Tokenizer(model_folder), PromptTemplate(), report=lambda _message: None)
+        examples = load_data(config, alpaca_encoder(model_folder), report=lambda _message: None)
     else:
         examples = Data(made_up_examples(), [])
     folder, world = ModelFolder(model_folder), World(0, 1, [torch.device("cpu")])

@@ -6,6 +6,7 @@ import threading
 import peft
 import pytest
 import torch
+from helpers.records import alpaca_encoder
 from helpers.trainers import make_trainer, project_logits, save_adapter, train
 from transformers import (
     LlamaForCausalLM,
@@ -18,8 +19,6 @@ from transformers import (
 
 from configs.peft import PrefixConfig
 from configs.serving import Sampling
-from ft_datasets.prompt import PromptTemplate
-from ft_datasets.tokenizer import Tokenizer
 from inference.engine import Engine, PromptTooLong, Statistics
 from inference.loading import load_engine
 from inference.sampling import choose
@@ -198,13 +197,13 @@ def test_a_stop_id_ends_the_answer_and_is_not_part_of_it(monkeypatch, engine):
 
 def test_every_stop_id_of_the_model_ends_the_answer(monkeypatch, engine):
     text_ids = engine.tokenizer.encode("天气很好")[1:]
-    monkeypatch.setattr(engine.tokenizer, "stop_ids", frozenset([2, 599]))
+    monkeypatch.setattr(engine.encoder, "stop_ids", frozenset([2, 599]))
     script(monkeypatch, engine, [*text_ids, 599, *text_ids])
     assert "".join(engine.stream([1], greedy())).strip() == "天气很好"
 
 
 def test_length_limit_is_exact_and_named(monkeypatch, engine):
-    monkeypatch.setattr(engine.tokenizer, "stop_ids", frozenset())
+    monkeypatch.setattr(engine.encoder, "stop_ids", frozenset())
     statistics = Statistics()
     list(engine.stream(engine.encode_chat("你好"), greedy(max_new_tokens=5), statistics))
     assert statistics.new_tokens == 5
@@ -212,7 +211,7 @@ def test_length_limit_is_exact_and_named(monkeypatch, engine):
 
 
 def test_context_limits_the_answer_and_refuses_a_prompt_that_fills_it(monkeypatch, engine):
-    monkeypatch.setattr(engine.tokenizer, "stop_ids", frozenset())
+    monkeypatch.setattr(engine.encoder, "stop_ids", frozenset())
     statistics = Statistics()
     prompt_ids = [1, *range(100, 600)] + [300] * 6  # 507 of 512
     list(engine.stream(prompt_ids, greedy(max_new_tokens=50), statistics))
@@ -226,7 +225,7 @@ def test_context_limits_the_answer_and_refuses_a_prompt_that_fills_it(monkeypatc
 def test_a_sliding_window_is_the_context(engine, monkeypatch, window, context):
     """What lies before it is no longer seen by the model; to compute that is left out, so no answer goes on so far."""
     monkeypatch.setattr(causal_lm(engine.model).config, "sliding_window", window, raising=False)
-    assert Engine(engine.model, engine.tokenizer, engine.template).context == context
+    assert Engine(engine.model, engine.encoder).context == context
 
 
 def test_cancelling_ends_the_answer(engine):
@@ -265,7 +264,7 @@ def test_recent_turns_leave_half_of_the_context_to_a_long_answer_and_not_more(en
 def test_a_learnt_prefix_takes_its_part_of_the_context(tiny_model, tmp_path):
     prefix = {"peft_method": "prefix", "prefix_config": PrefixConfig(num_virtual_tokens=7)}
     model = make_trainer(tiny_model, tmp_path, **prefix).model.eval()
-    engine = Engine(model, Tokenizer(tiny_model), PromptTemplate())
+    engine = Engine(model, alpaca_encoder(tiny_model))
     room = 512 - 7
     for length, answer in ((room - 1, 1), (room - 3, 3)):
         statistics = Statistics()

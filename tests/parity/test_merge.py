@@ -7,12 +7,14 @@ import warnings
 import peft
 import pytest
 import torch
+from helpers.records import alpaca_encoder, alpaca_template
 from helpers.trainers import make_trainer, project_logits, save_adapter, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from configs.errors import UserError
 from configs.peft import LoraConfig
-from ft_datasets.prompt import PromptTemplate
+from ft_datasets.conversation import messages_of
+from ft_datasets.prompt import AlpacaWords
 from ft_datasets.tokenizer import Tokenizer
 from utils.model.folder import ModelFolder
 from utils.model.weights import load_base_model
@@ -41,7 +43,7 @@ def base_with_adapter(folder, adapter) -> peft.PeftModel:
 
 
 def do_merge(base, adapter, output, shard_gb: float = 4.0, quantization=None) -> None:
-    merge(ModelFolder(base), adapter, output, PromptTemplate(), shard_gb, quantization)
+    merge(ModelFolder(base), adapter, output, alpaca_template(base), shard_gb, quantization)
 
 
 @pytest.fixture(scope="module")
@@ -175,15 +177,15 @@ def test_transformers_reads_chats_with_the_merged_folder_as_training_did(tiny_mo
     if config is not None:
         (base / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     folder.mkdir()
-    template, own = PromptTemplate(), Tokenizer(base)
-    copy_tokenizer(base, folder, template)
+    encoder = alpaca_encoder(base)
+    copy_tokenizer(base, folder, encoder.template)
     other = AutoTokenizer.from_pretrained(folder)
     for question in ("你好", "  两个空格", "第一行\n第二行", "a  b   c", "1+1=？", "🎉龘", "Below is", "\n", "</"):
         for history in ([], [("你是谁？", "我是助手。")]):
             turns = [text for turn in history for text in turn] + [question]
             messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
             found = other.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            assert found == own.encode(template.render(question, history=history)), (question, history)
+            assert found == encoder.prompt_ids(messages_of(question, history)), (question, history)
 
 
 def test_merged_folder_brings_tokenizer_chat_template_and_stop_tokens(tiny_model, adapters, tmp_path):
@@ -191,7 +193,7 @@ def test_merged_folder_brings_tokenizer_chat_template_and_stop_tokens(tiny_model
     do_merge(tiny_model, adapters[None], merged)
     tokenizer = AutoTokenizer.from_pretrained(merged)
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "你好，天气好吗？"}], tokenize=False)
-    prompt = PromptTemplate().render("你好，天气好吗？")
+    prompt = AlpacaWords().prompt("你好，天气好吗？")
     assert rendered == "<s>" + prompt
     text = prompt + "今天天气很好。"
     assert tokenizer(text).input_ids == Tokenizer(tiny_model).encode(text)

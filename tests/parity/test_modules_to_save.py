@@ -3,13 +3,13 @@
 import peft
 import pytest
 import torch
+from helpers.records import alpaca_template
 from helpers.trainers import make_trainer, project_logits, save_adapter, train
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from configs.errors import UserError
 from configs.peft import LoraConfig
-from ft_datasets.prompt import PromptTemplate
 from utils.model.folder import ModelFolder
 from utils.model.weights import load_base_model
 from utils.planning.shape import Shape, Trained
@@ -53,7 +53,7 @@ def test_trained_saved_chatted_with_and_merged_they_compute_the_same(tiny_model,
     base = load_base_model(ModelFolder(tiny_model), torch.float32, [torch.device("cpu")], quantization)
     chat = project_logits(load_adapter(base, adapter, torch.float32), SEQUENCE)
     torch.testing.assert_close(chat, trained, rtol=1e-5, atol=1e-5)
-    merge(ModelFolder(tiny_model), adapter, tmp_path / "merged", PromptTemplate(), 4.0, quantization)
+    merge(ModelFolder(tiny_model), adapter, tmp_path / "merged", alpaca_template(tiny_model), 4.0, quantization)
     torch.testing.assert_close(reference_logits(reference_model(tmp_path / "merged")), trained, rtol=1e-4, atol=1e-4)
     if not quantization:
         plain = peft.PeftModel.from_pretrained(reference_model(tiny_model), str(adapter))

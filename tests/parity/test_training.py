@@ -7,6 +7,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from helpers.records import alpaca_encoder, encode_records, load_records
 from helpers.trainers import make_trainer, project_logits, save_adapter, train
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
@@ -14,12 +15,8 @@ from transformers import LlamaForCausalLM
 from configs.errors import UserError
 from configs.peft import LoraConfig, PrefixConfig
 from configs.training import TrainingConfig
-from ft_datasets.alpaca_dataset import load_records
-from ft_datasets.encoding import encode_records
 from ft_datasets.examples import Example
 from ft_datasets.loading import load_data
-from ft_datasets.prompt import PromptTemplate
-from ft_datasets.tokenizer import Tokenizer
 from utils.model.decoder import causal_lm
 from utils.model.folder import ModelFolder
 from utils.model.quantization import rounded_weight
@@ -338,18 +335,18 @@ def test_frozen_layers_stay_bit_identical_and_the_others_move(tiny_model, tmp_pa
 def test_held_out_examples_are_not_trained_on(tiny_model, data_file):
     config = TrainingConfig(val_set_size=0.2)
     config.alpaca_dataset.data_path = str(data_file)
-    tokenizer = Tokenizer(tiny_model)
-    data = load_data(config, tokenizer, PromptTemplate(), report=print)
+    encoder = alpaca_encoder(tiny_model)
+    data = load_data(config, encoder, report=print)
     training, held_out = ({example.number for example in part} for part in (data.training, data.held_out))
     assert len(held_out) == 12
     assert not training & held_out
     assert training | held_out == set(range(1, 61))
     records = load_records(data_file)
-    alone = encode_records(records, tokenizer, PromptTemplate(), 1024, report=print)
+    alone = encode_records(records, encoder, 1024, report=print)
     assert all(example.text == alone[example.number - 1].text for example in data.training + data.held_out)
 
     config.seed = 43
-    again = load_data(config, tokenizer, PromptTemplate(), report=print)
+    again = load_data(config, encoder, report=print)
     assert {example.number for example in again.held_out} != held_out
 
 

@@ -91,7 +91,7 @@ def test_the_stages_of_a_run_its_extension_and_a_run_that_is_finished(tiny_model
     called, said = run(1)
     assert called == BEFORE_THE_MODEL + DECISIONS + ["load_trainable", "fit"] + TRAINING + END
     assert [line.split(":")[0] for line in said if not line.startswith("  ")] == [
-        *[f"Reading {data_file} …", f"Loading {tiny_model} …"],
+        *[f"Reading {data_file} …", "Prompt template", f"Loading {tiny_model} …"],
         *["Data", "Model", "Batch", "Steps", "Held-out loss", "Checkpoints", "Done", f"In {output}", "Talk to it"],
     ]
 
@@ -101,7 +101,7 @@ def test_the_stages_of_a_run_its_extension_and_a_run_that_is_finished(tiny_model
 
     called, said = run(2)
     assert called == BEFORE_THE_MODEL
-    assert said[1:] == [
+    assert said[2:] == [
         f"This run is finished: 2 steps, the result is in {output}. For more, raise --num_epochs; to begin anew, "
         "--resume none."
     ]

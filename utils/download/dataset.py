@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import metadata_load
 from yaml import YAMLError
 
-from configs.datasets import FROM_HUB
+from configs.datasets import FROM_HUB, CustomDataset, FileDataset
 from configs.download import DownloadConfig
 from configs.errors import NetworkGaveUpError, UserError
 from configs.messages import _
@@ -24,8 +24,10 @@ FOLDER = Path("data")
 CARD = "README.md"
 
 
-def fetch_data(data_path: str, say: Callable[[str], None], options: TransferOptions | None = None) -> DataFiles | None:
-    """Have the files of a data set from a hub here; None where `data_path` is no hub's, but a file's that lies here.
+def fetch_data(
+    settings: FileDataset | CustomDataset, say: Callable[[str], None], options: TransferOptions | None = None
+) -> DataFiles | None:
+    """Have here what the settings name on a hub, beside what lies here; None where nothing is a hub's.
 
     What was fetched before is used as it is, without a network, so that a run goes on with the data that it began with.
 
@@ -33,9 +35,18 @@ def fetch_data(data_path: str, say: Callable[[str], None], options: TransferOpti
         UserError: there is no such data set, configuration or split, or none in files that are read; or the network
             failed for too long.
     """
-    if not data_path.startswith(FROM_HUB):
+    if not isinstance(settings, FileDataset) or not any(path.startswith(FROM_HUB) for path in settings.paths):
         return None
-    wanted = HubData.named(data_path)
+    return DataFiles.joined(
+        [
+            _fetched(HubData.named(path), say, options) if path.startswith(FROM_HUB) else DataFiles((Path(path),))
+            for path in settings.paths
+        ]
+    )
+
+
+def _fetched(wanted: HubData, say: Callable[[str], None], options: TransferOptions | None) -> DataFiles:
+    """The files of one data set of a hub."""
     folder = FOLDER / wanted.repository
     manifest = _manifest(wanted, folder)
     paths = _fetched_before(wanted, folder, manifest)

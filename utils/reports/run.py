@@ -12,6 +12,7 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.encoding import describe_lengths
 from ft_datasets.loading import Data
+from ft_datasets.prompt import PromptTemplate
 from utils.machine.memory import limit_bytes, peak_memory_gb
 from utils.machine.world import World
 from utils.model.decoder import causal_lm
@@ -28,6 +29,17 @@ from utils.training.step_plan import StepPlan
 from utils.training.trainer import Trainer
 
 Say = Callable[[str], None]
+
+
+def which_template(template: PromptTemplate) -> str:
+    """One line on the words that messages are put in."""
+    if template.name == "alpaca":
+        return _("Prompt template: Alpaca's words.")
+    if template.name == "model":
+        told = _("Prompt template: the model's own chat template (--prompt_template alpaca takes Alpaca's words).")
+    else:
+        told = _("Prompt template: {file}.", file=template.name)
+    return told + (_(" Its date stays {date}.", date=template.date) if template.date else "")
 
 
 def speaker(world: World) -> Say:

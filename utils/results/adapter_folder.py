@@ -9,13 +9,13 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.messages import _
-from ft_datasets.prompt import PromptTemplate
+from ft_datasets.prompt import PromptTemplate, choose_template
 from ft_datasets.tokenizer import Tokenizer
 from utils.files import read_json
 from utils.model.folder import ADAPTER_CONFIG, ModelFolder
 from utils.model.tensor_files import is_whole
 from utils.runs.base_model import BaseIdentity, compared_by_first_rows, differences
-from utils.runs.description import read_training_config
+from utils.runs.description import described_template, read_training_config
 
 
 def load_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -85,7 +85,7 @@ def template_of(adapter_folder: Path, base: ModelFolder, tokenizer: Tokenizer) -
     """
     described = read_training_config(adapter_folder)
     if described is None:
-        return PromptTemplate()
+        return choose_template("auto", base.path, tokenizer)
     known = BaseIdentity.from_dict(described)
     if described["tokenizer_fingerprint"] != tokenizer.fingerprint:
         raise _made_for(_("another tokenizer"), adapter_folder, described, base)
@@ -94,7 +94,7 @@ def template_of(adapter_folder: Path, base: ModelFolder, tokenizer: Tokenizer) -
     if not known.is_of(base):
         told = differences(known.digests, base.digests)
         raise _made_for(_("another base model"), adapter_folder, described, base, told)
-    return PromptTemplate(**described["prompt_template"])
+    return described_template(adapter_folder, described, tokenizer)
 
 
 def check_whole_base(adapter_folder: Path, base: ModelFolder, sha256: dict[str, str]) -> None:

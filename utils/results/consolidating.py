@@ -11,6 +11,7 @@ from torch import nn
 from configs.errors import UserError
 from configs.messages import _
 from configs.training import TrainingConfig
+from ft_datasets.chat_encoder import ChatEncoder
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.model.adapters import make_trainable
@@ -50,7 +51,7 @@ def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> Trai
                 method=config.method,
             )
         )
-    tokenizer, template = Tokenizer(base.path), PromptTemplate()
+    tokenizer = Tokenizer(base.path)
     known = identity_of_base(checkpoint)
     if known.is_of_first_rows:
         print(compared_by_first_rows(checkpoint.path), file=sys.stderr, flush=True)
@@ -58,14 +59,16 @@ def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> Trai
         raise _made_for(_("another base model"), checkpoint, differences(known.digests, base.digests))
     if state.identity["tokenizer"] != tokenizer.fingerprint:
         raise _made_for(_("another tokenizer"), checkpoint)
-    if state.identity["prompt_template"] != repr(template):
+    try:
+        template = PromptTemplate.from_identity(state.identity["prompt_template"], tokenizer)
+    except ValueError as error:
         raise UserError(
             _(
                 "{path} was trained with another prompt template than this version has. Go on with its run in the "
                 "version that began it: the run saves its result when it ends.",
                 path=checkpoint.path,
             )
-        )
+        ) from error
     # fp32, as the run trains; nothing is loaded into this model, it tells names and shapes.
     model = empty_base_model(base, torch.float32)
     model = make_trainable(model, config)
@@ -74,7 +77,7 @@ def consolidate(checkpoint: Checkpoint, base: ModelFolder, output: Path) -> Trai
         before = {name: known.sha256[name] for name in kept if name in known.sha256}
         if told := differences(before, {name: whole_digest(base.tensor(name)) for name in before}):
             raise _made_for(_("another base model"), checkpoint, told)
-    description = describe_run(config, tokenizer, template, known)
+    description = describe_run(config, ChatEncoder(template, tokenizer), known)
     description["trained_steps"] = checkpoint.step
     facts = {_("base model"): f"`{config.model_name}`", _("steps"): str(checkpoint.step)}
     tensors = _tensors(model, checkpoint, base if config.method == "full" else None)

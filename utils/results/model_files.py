@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ft_datasets.chat_encoder import ChatEncoder
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.files import read_json, write_json
@@ -93,9 +94,10 @@ def copy_tokenizer(base: Path, folder: Path, template: PromptTemplate) -> None:
         settings["legacy"] = True
     settings.setdefault("bos_token", tokenizer.bos_token or None)
     settings.setdefault("eos_token", tokenizer.eos_token)
-    settings["chat_template"] = template.chat_template(tokenizer.bos_token, tokenizer.eos_token)
+    settings["chat_template"] = template.source
     write_json(settings_file, settings)
-    generation = {"bos_token_id": (tokenizer.bos_ids or [None])[0], "eos_token_id": sorted(tokenizer.stop_ids)}
+    stop_ids = sorted(ChatEncoder(template, tokenizer).stop_ids)
+    generation = {"bos_token_id": (tokenizer.bos_ids or [None])[0], "eos_token_id": stop_ids}
     if (base / "generation_config.json").is_file():
         original = read_json(base / "generation_config.json")
         generation = {**original, "eos_token_id": generation["eos_token_id"]}

@@ -10,6 +10,7 @@ from torch import nn
 
 from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
 from utils.files import flush, replace_durably, write_json
 from utils.results.model_files import SHARD_BYTES, make_readable, stored_dtype, write_model
 from utils.runs.description import TRAINING_CONFIG
@@ -42,7 +43,7 @@ def save_result(
     else:
         base = Path(config.model_name)
         dtype = getattr(torch, stored_dtype(base))
-        template = PromptTemplate(**description["prompt_template"])
+        template = PromptTemplate.from_dict(description["prompt_template"], Tokenizer(base))
         write_model(base, ((name, tensor.to(dtype)) for name, tensor in tensors), staging, template, SHARD_BYTES)
     (staging / "README.md").write_text(card, encoding="utf-8")
     write_json(staging / TRAINING_CONFIG, description)

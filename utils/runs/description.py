@@ -9,11 +9,12 @@ from typing import Any
 from configs.errors import UserError
 from configs.messages import _
 from configs.training import TrainingConfig
-from ft_datasets.prompt import PromptTemplate
+from ft_datasets.chat_encoder import ChatEncoder
+from ft_datasets.prompt import PromptTemplate, choose_template
 from ft_datasets.tokenizer import Tokenizer
 from utils.files import json_text, read_json, write_durably
 from utils.runs.base_model import BaseIdentity
-from utils.runs.checkpoint import Checkpoint
+from utils.runs.checkpoint import Checkpoint, read_checkpoint
 
 TRAINING_CONFIG = "training_config.json"
 
@@ -38,22 +39,57 @@ def read_training_config(folder: Path) -> dict[str, Any] | None:
     return described
 
 
+def described_template(folder: Path, described: dict[str, Any], tokenizer: Tokenizer) -> PromptTemplate:
+    """The prompt template that a folder's training_config.json holds.
+
+    Raises:
+        UserError: it holds none.
+    """
+    try:
+        return PromptTemplate.from_dict(described["prompt_template"], tokenizer)
+    except ValueError as error:
+        raise UserError(_("{file} can't be read ({error}).", file=folder / TRAINING_CONFIG, error=error)) from error
+
+
+def template_for(config: TrainingConfig, tokenizer: Tokenizer) -> PromptTemplate:
+    """The template of a run: the one that it began with, or else the one that --prompt_template names.
+
+    Raises:
+        UserError: there is no such template.
+    """
+    began_with = None
+    if config.resume != "none":
+        with contextlib.suppress(UserError, ValueError):  # what is wrong there is told where the run is gone on with
+            began_with = _template_of_run(config, tokenizer)
+    if began_with and config.prompt_template == "auto":
+        return began_with
+    day = began_with.date if began_with else ""
+    return choose_template(config.prompt_template, Path(config.model_name), tokenizer, day)
+
+
+def _template_of_run(config: TrainingConfig, tokenizer: Tokenizer) -> PromptTemplate | None:
+    if config.resume != "auto":
+        identity = read_checkpoint(Path(config.resume)).state.identity
+        return PromptTemplate.from_identity(identity["prompt_template"], tokenizer)
+    described = read_training_config(Path(config.output_dir))
+    return PromptTemplate.from_dict(described["prompt_template"], tokenizer) if described else None
+
+
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "sentencepiece", "tokenizers", "safetensors")
 
 
 def describe_run(
     config: TrainingConfig,
-    tokenizer: Tokenizer,
-    template: PromptTemplate,
+    encoder: ChatEncoder,
     base: BaseIdentity,
-    origin: dict[str, str] | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What training_config.json holds: every resolved setting and all that the adapter's user must do alike.
 
     Args:
         origin: where data from a hub comes from, see DataFiles.
     """
-    versions = {}
+    tokenizer, versions = encoder.tokenizer, {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
@@ -61,7 +97,7 @@ def describe_run(
             versions[package] = None
     return {
         "settings": asdict(config),
-        "prompt_template": template.to_dict(),
+        "prompt_template": encoder.template.to_dict(),
         "bos_ids": tokenizer.bos_ids,
         "eos_id": tokenizer.eos_id,
         "tokenizer_fingerprint": tokenizer.fingerprint,

@@ -1,5 +1,6 @@
 """Where a run begins: anew or from a checkpoint, whether that is of the same run, and what interruptions cost it."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ WITHOUT_EFFECT_ON_RESULT = frozenset(
     "model_name output_dir batch_size_training micro_batch_size num_epochs max_steps num_workers_dataloader "
     "run_validation val_batch_size save_model save_steps save_minutes keep_checkpoints save_optimizer resume "
     "accept_changes dist_checkpoint_root_folder dist_checkpoint_folder torch_compile one_gpu enable_fsdp fsdp_config "
-    "gpu_memory_gb activation_offload preview plan".split()
+    "gpu_memory_gb activation_offload preview plan prompt_template alpaca_dataset chat_dataset custom_dataset".split()
 )
-"""Settings that may change between start and resumption. (The base model counts by its fingerprint, the batch by its
-global size, the length by its steps.)"""
+"""Settings that may change between start and resumption. (The base model and the data count by their fingerprints, the
+template by its text, the batch by its global size, the length by its steps.)"""
 STRUCTURAL = (
     "optimizer",
     "use_peft",
@@ -120,8 +121,7 @@ def run_identity(config: TrainingConfig, schedule: Schedule, fingerprints: dict[
     """All that a run's result depends on, but its length, as flat names and values."""
     identity: dict[str, Any] = {"global_batch_size": schedule.global_batch_size, **fingerprints}
     for name, value in config.flat().items():
-        # The data counts by its fingerprint, wherever it lies.
-        if name.partition(".")[0] not in WITHOUT_EFFECT_ON_RESULT and not name.endswith(".data_path"):
+        if name.partition(".")[0] not in WITHOUT_EFFECT_ON_RESULT:
             identity[name] = value
     return identity
 
@@ -183,7 +183,8 @@ def _check_same_run(
         UserError: something changed that would make it another run, and `accept` is not given.
     """
     notes = []
-    before, now = dict(checkpoint.state.identity), dict(identity)
+    # What an earlier version did not know was what is the default now.
+    before, now = {**TrainingConfig().flat(), **checkpoint.state.identity}, dict(identity)
     known = identity_of_base(checkpoint)
     if known.is_of_first_rows:
         notes.append(compared_by_first_rows(checkpoint.path))
@@ -200,7 +201,7 @@ def _check_same_run(
     elif schedule.total_steps < total:
         before["steps"], now["steps"] = total, schedule.total_steps
     changed = [name for name in now if before.get(name) != now[name]]
-    lines = {name: f"  {name}: {before.get(name)} -> {now[name]}" for name in changed}
+    lines = {name: f"  {name}: {_short(before.get(name))} -> {_short(now[name])}" for name in changed}
     if "base_model" in lines and (told := differences(known.digests, base.digests)):
         lines["base_model"] += f"\n    {told}"
     structural = [name for name in changed if name.startswith(STRUCTURAL)]
@@ -218,3 +219,9 @@ def _check_same_run(
     if changed:
         notes.append("\n".join([_("Going on with changed settings (old -> new):"), *lines.values()]))
     return notes
+
+
+def _short(value: Any) -> str:
+    """A value in a message; a template's text is long."""
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:60]} … {hashlib.sha256(text.encode()).hexdigest()[:8]}"

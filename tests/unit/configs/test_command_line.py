@@ -133,7 +133,7 @@ def test_an_unknown_flag_names_the_nearest(argv, near):
         (["--use_peft", "maybe"], "--use_peft maybe: expected true or false"),
         (["--use_peft="], "--use_peft : expected true or false"),
         (["--quantization", "5bit"], "--quantization 5bit: expected one of 8bit, 4bit"),
-        (["--dataset", "samsum"], "--dataset samsum: expected one of alpaca_dataset"),
+        (["--dataset", "samsum"], "--dataset samsum: expected one of alpaca_dataset, chat_dataset, custom_dataset"),
         (["--lora_config.r", "[8]"], "--lora_config.r [8]: expected a whole number"),
         (["--output_dir"], "--output_dir needs a value"),
         (["--output_dir", "--seed", "3"], "--output_dir needs a value"),

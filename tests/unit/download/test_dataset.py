@@ -8,13 +8,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.records import load_records, record
 from soak_download import OPTIONS
 
 from configs.command_line import find_problems
 from configs.datasets import AlpacaDataset
 from configs.download import DownloadConfig
 from configs.errors import NetworkGaveUpError, UserError
-from ft_datasets.alpaca_dataset import Record, load_records
 from ft_datasets.records import DataFiles
 from utils.download import dataset
 from utils.download.dataset import fetch_data
@@ -24,7 +24,7 @@ from utils.download.manifest import Manifest
 pytestmark = pytest.mark.usefixtures("english")
 
 ROWS = [{"instruction": f"问{number}", "input": "", "output": f"答{number}"} for number in range(6)]
-RECORDS = [Record(number + 1, row["instruction"], "", row["output"]) for number, row in enumerate(ROWS)]
+RECORDS = [record(number + 1, row["instruction"], "", row["output"]) for number, row in enumerate(ROWS)]
 CONFIGS = """---
 language: zh
 configs:
@@ -71,7 +71,7 @@ def data_set(hub, tmp_path, monkeypatch):
 
 
 def fetched(data_path: str = "hub:owner/set", said: list[str] | None = None) -> DataFiles:
-    files = fetch_data(data_path, (said if said is not None else []).append, OPTIONS)
+    files = fetch_data(AlpacaDataset(data_path), (said if said is not None else []).append, OPTIONS)
     assert files is not None
     return files
 
@@ -198,7 +198,7 @@ def test_names_are_read():
     assert HubData.named("hub:o-1/n.x/zh@refs/convert/parquet:test") == HubData(
         "o-1/n.x", "zh", "refs/convert/parquet", "test"
     )
-    assert fetch_data("ft_datasets/alpaca_data.json", print) is None
+    assert fetch_data(AlpacaDataset("ft_datasets/alpaca_data.json"), print) is None
 
 
 # --- how they come here ----------------------------------------------------------------------------------------------

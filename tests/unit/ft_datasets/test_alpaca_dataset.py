@@ -2,14 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
+from helpers.records import encode_records, load_records, record
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, processors
 
 from configs.errors import UserError
-from ft_datasets.alpaca_dataset import Record, load_records
-from ft_datasets.encoding import common_prefix, describe_lengths, encode_records, split_examples
-from ft_datasets.prompt import PromptTemplate
+from ft_datasets.chat_encoder import ChatEncoder
+from ft_datasets.conversation import Conversation
+from ft_datasets.encoding import common_prefix, describe_lengths, split_examples
+from ft_datasets.examples import Example
+from ft_datasets.prompt import AlpacaWords, PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 
 GOOD = {"instruction": "问", "output": "答"}
@@ -29,14 +33,14 @@ def test_records_are_read_as_they_stand(tmp_path):
     path = tmp_path / "data.json"
     entries = [
         {"instruction": " 问  题 ", "input": "", "output": "答\n案 "},
-        {"instruction": "a", "input": None, "output": "b", "source": "x"},
+        {"instruction": "a", "input": None, "output": "b", "source": ""},
         {"instruction": "c", "input": " d", "output": "😀"},
     ]
     path.write_text("\ufeff" + json.dumps(entries, ensure_ascii=False), encoding="utf-8")
     assert load_records(path) == [
-        Record(1, " 问  题 ", "", "答\n案 "),
-        Record(2, "a", "", "b"),
-        Record(3, "c", " d", "😀"),
+        record(1, " 问  题 ", "", "答\n案 "),
+        record(2, "a", "", "b"),
+        record(3, "c", " d", "😀"),
     ]
 
 
@@ -113,17 +117,18 @@ def letters(tmp_path_factory) -> Tokenizer:
     return Tokenizer(folder)
 
 
-SHORT = PromptTemplate(header="", header_with_input="!", instruction="{instruction}", input="/{input}", response=":")
+SHORT = AlpacaWords(header="", header_with_input="!", instruction="{instruction}", input="/{input}", response=":")
 
 
-def encode(letters, *records: Record, limit: int = 100):
+def encode(letters, *records: Conversation, limit: int = 100):
     said: list[str] = []
-    return encode_records(records, letters, SHORT, limit, said.append), said
+    template = PromptTemplate("short", SHORT.jinja("<s>", "</s>"))
+    return encode_records(records, ChatEncoder(template, letters), limit, said.append), said
 
 
 def test_ids_and_labels_by_hand(letters):
     (plain, with_input, merged), said = encode(
-        letters, Record(1, "a", "", "bc"), Record(2, "a", "d", "b"), Record(3, "a", "", "/b")
+        letters, record(1, "a", "", "bc"), record(2, "a", "d", "b"), record(3, "a", "", "/b")
     )
     assert plain.text == "a:bc"
     assert plain.input_ids.tolist() == [1, 10, 3, 11, 12, 2]
@@ -139,7 +144,7 @@ def test_ids_and_labels_by_hand(letters):
 
 
 def test_too_long_examples_are_left_out_and_named_but_never_cut(letters):
-    records = [Record(number, "a", "", "b" * number) for number in range(1, 6)]
+    records = [record(number, "a", "", "b" * number) for number in range(1, 6)]
     kept, (said,) = encode(letters, *records, limit=6)  # BOS, a, ':', EOS and two more
     assert [example.number for example in kept] == [1, 2]
     assert all(example.input_ids[-1] == 2 for example in kept)
@@ -148,7 +153,7 @@ def test_too_long_examples_are_left_out_and_named_but_never_cut(letters):
 
 def test_a_length_that_no_example_fits_in_is_refused(letters):
     with pytest.raises(UserError, match="--max_seq_length 4"):
-        encode(letters, Record(1, "a", "", "b"), limit=4)
+        encode(letters, record(1, "a", "", "b"), limit=4)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +165,7 @@ def test_common_prefix(one, other, expected):
 
 
 def test_the_held_out_examples_are_a_seeded_choice(letters):
-    examples, _said = encode(letters, *(Record(number, "a", "", "b") for number in range(1, 101)))
+    examples, _said = encode(letters, *(record(number, "a", "", "b") for number in range(1, 101)))
     training, held_out = split_examples(examples, 0.05, seed=3)
     numbers = [[example.number for example in part] for part in (training, held_out)]
     assert len(numbers[1]) == 5
@@ -174,13 +179,14 @@ def test_the_held_out_examples_are_a_seeded_choice(letters):
     ("count", "size", "expected"), [(100, 0, 0), (100, 7, 7), (10_000, 0.05, 200), (3, 2, 2), (1, 0.4, 0)]
 )
 def test_how_many_are_held_out(count, size, expected):
-    training, held_out = split_examples(list(range(count)), size, seed=0)
+    examples = [Example(number, "", np.array([1, 2]), ((1, 2),)) for number in range(1, count + 1)]
+    training, held_out = split_examples(examples, size, seed=0)
     assert (len(held_out), len(training)) == (expected, count - expected)
 
 
 def test_lengths_are_described(letters):
     examples, _said = encode(
-        letters, Record(1, "a", "", "b"), Record(2, "a", "", "bbb")
+        letters, record(1, "a", "", "b"), record(2, "a", "", "bbb")
     )  # 5 and 7 tokens, 2 and 4 learnt
     assert describe_lengths(examples) == (
         "tokens an example: mean 6, 90 % below 6, longest 7; 50 % of all tokens carry loss"

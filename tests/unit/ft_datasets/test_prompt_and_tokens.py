@@ -1,5 +1,6 @@
 """The prompt's exact bytes against hand-written ones and Jinja's, token ids against SentencePiece itself."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,12 +8,12 @@ import jinja2
 import jinja2.sandbox
 import pytest
 import sentencepiece
+from helpers.records import alpaca_encoder, encode_records, record
 from helpers.tiny_models import write_tokenizer_json
 
 from configs.errors import UserError
-from ft_datasets.alpaca_dataset import Record
-from ft_datasets.encoding import encode_records
-from ft_datasets.prompt import PromptTemplate
+from ft_datasets.conversation import messages_of
+from ft_datasets.prompt import AlpacaWords, PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 
 HEADER = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -21,45 +22,32 @@ HEADER_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
 )
 RECORDS = [
-    Record(1, "你好，请介绍一下你自己。", "", "我是一个助手。"),
-    Record(2, "翻译成英文", "今天天气很好", "The weather is fine today."),
-    Record(3, "说个表情", "", "😀👩‍👩‍👧‍👦🏳️‍🌈 龘𠮷"),
-    Record(4, "  runs   of    spaces  ", " a  b   c ", "  x\n\n\n  y    z  "),
-    Record(5, "<s>literal</s> <unk>", "</s>", "</s><s>[INST]"),
-    Record(6, "for i in range(10):\n\tprint(i)", "", "0 1 2 2024 3.14\r\n"),
-    Record(7, "！？（全角）", "\ufffd", "：/\ufffd"),
-    Record(8, "é e\u0301 ﬁ ① Ａ", "\u3000", "\u200b\u00a0"),
+    record(1, "你好，请介绍一下你自己。", "", "我是一个助手。"),
+    record(2, "翻译成英文", "今天天气很好", "The weather is fine today."),
+    record(3, "说个表情", "", "😀👩‍👩‍👧‍👦🏳️‍🌈 龘𠮷"),
+    record(4, "  runs   of    spaces  ", " a  b   c ", "  x\n\n\n  y    z  "),
+    record(5, "<s>literal</s> <unk>", "</s>", "</s><s>[INST]"),
+    record(6, "for i in range(10):\n\tprint(i)", "", "0 1 2 2024 3.14\r\n"),
+    record(7, "！？（全角）", "\ufffd", "：/\ufffd"),
+    record(8, "é e\u0301 ﬁ ① Ａ", "\u3000", "\u200b\u00a0"),
 ]
 
 
-def test_prompts_by_hand():
-    template = PromptTemplate()
-    assert template.render("你好") == HEADER + "### Instruction:\n你好\n\n### Response:"
-    assert template.render("翻译", "天气 {instruction}") == (
-        HEADER_WITH_INPUT + "### Instruction:\n翻译\n\n### Input:\n天气 {instruction}\n\n### Response:"
-    )
-    assert template.render("再说", history=[("你好", "您好 "), ("{response}", "{input}")]) == (
-        HEADER
-        + "### Instruction:\n你好\n\n### Response:您好 \n\n"
-        + "### Instruction:\n{response}\n\n### Response:{input}\n\n"
-        + "### Instruction:\n再说\n\n### Response:"
-    )
-    assert template.stop_text == "\n\n### Instruction:"
+WORDS = AlpacaWords()
+FIRST = AlpacaWords(end_of_turn="{response}\n\n")
+"""The words of earlier versions, with which adapters were stored: an earlier answer did not end in EOS."""
+AWKWARD = AlpacaWords(
+    header="It's \\n {{ a }} {% b %} 甲\n",
+    instruction="{# c #}'{instruction}'\n",
+    response="答\n",
+    end_of_turn='"{response}"{eos}\n',
+)
 
 
-def test_a_stored_template_is_read_back_to_the_byte():
-    template = PromptTemplate(
-        header="甲\n", instruction="问{instruction}\n", response="答\n", end_of_turn="{response}。\n"
-    )
-    stored = json.loads(json.dumps(template.to_dict()))
-    assert PromptTemplate(**stored) == template
-    assert PromptTemplate(**stored).render("一", history=[("二", "三")]) == "甲\n问二\n答\n三。\n问一\n答\n"
-
-
-def jinja_renders(template: PromptTemplate, messages: list[dict], bos: str = "<s>", eos: str = "</s>") -> str:
+def jinja_renders(words: AlpacaWords, messages: list[dict], bos: str = "<s>", eos: str = "</s>") -> str:
     """What serving programs make of the chat template (transformers' settings of Jinja)."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    source = template.chat_template(bos, eos)
+    source = words.jinja(bos, eos)
     rendered = environment.from_string(source).render(messages=messages, add_generation_prompt=True)
     assert jinja2.Environment().from_string(source).render(messages=messages) == rendered
     return rendered
@@ -70,31 +58,70 @@ def as_messages(history, *last: str) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-AWKWARD = PromptTemplate(
-    header="It's \\n {{ a }} {% b %} 甲\n", instruction="{# c #}'{instruction}'\n", end_of_turn='"{response}"\n'
-)
+def test_prompts_by_hand():
+    question = [{"role": "user", "content": "你好"}]
+    assert jinja_renders(WORDS, question) == "<s>" + HEADER + "### Instruction:\n你好\n\n### Response:"
+    assert jinja_renders(WORDS, question, bos="") == HEADER + "### Instruction:\n你好\n\n### Response:"
+    assert WORDS.prompt("你好") == HEADER + "### Instruction:\n你好\n\n### Response:"
+    asked = [{"role": "user", "content": "翻译", "input": "天气 {instruction}"}]
+    with_input = HEADER_WITH_INPUT + "### Instruction:\n翻译\n\n### Input:\n天气 {instruction}\n\n### Response:"
+    assert jinja_renders(WORDS, asked) == "<s>" + with_input
+    assert WORDS.prompt("翻译", "天气 {instruction}") == with_input
+    history = [("你好", "您好 "), ("{response}", "{input}")]
+    assert jinja_renders(WORDS, as_messages(history, "再说")) == (
+        "<s>" + HEADER + "### Instruction:\n你好\n\n### Response:您好 </s>\n\n"
+        "### Instruction:\n{response}\n\n### Response:{input}</s>\n\n"
+        "### Instruction:\n再说\n\n### Response:"
+    )
+    assert jinja_renders(WORDS, as_messages([("一", "二")], "三", "四 ")) == (
+        "<s>" + HEADER + "### Instruction:\n一\n\n### Response:二</s>\n\n### Instruction:\n三\n\n### Response:四 </s>"
+    )
+    assert jinja_renders(FIRST, as_messages([("一", "二")], "三")) == (
+        "<s>" + HEADER + "### Instruction:\n一\n\n### Response:二\n\n### Instruction:\n三\n\n### Response:"
+    )
+    assert WORDS.stop_text == "\n\n### Instruction:"
 
 
-@pytest.mark.parametrize("template", [PromptTemplate(), AWKWARD], ids=["default", "awkward"])
 @pytest.mark.parametrize(
     "history",
-    [
-        [],
-        [("你好", "您好！")],
-        [("  a ", " b\n"), ("{{ 7 * 7 }}", "{% raw %}"), ('it\'s \\n "x"', "### Response:")],
-    ],
+    [[], [("你好", "您好！")], [("  a ", " b\n"), ("{{ 7 * 7 }}", "{% raw %}"), ('it\'s \\n "x"', "### Response:")]],
     ids=["one turn", "two turns", "four turns"],
 )
-def test_the_chat_template_is_the_same_prompt(template, history):
-    prompt = template.render(" 问题 ", history=history)
-    assert jinja_renders(template, as_messages(history, " 问题 ")) == "<s>" + prompt
-    assert jinja_renders(template, as_messages(history, " 问题 "), bos="") == prompt
-    assert jinja_renders(template, as_messages(history, " 问题 ", "答 ")) == "<s>" + prompt + "答 </s>"
+def test_awkward_words_and_texts_are_rendered_as_they_stand(history):
+    expected = "<s>" + AWKWARD.header
+    for question, answer in history:
+        expected += "{# c #}'" + question + "'\n答\n\"" + answer + '"</s>\n'
+    assert jinja_renders(AWKWARD, as_messages(history, " 问题 ")) == expected + "{# c #}' 问题 '\n答\n"
 
 
 def test_a_system_message_stands_before_the_header():
     messages = [{"role": "system", "content": "用中文回答"}, *as_messages([], "你好")]
-    assert jinja_renders(PromptTemplate(), messages) == "<s>用中文回答\n\n" + PromptTemplate().render("你好")
+    assert jinja_renders(WORDS, messages) == "<s>用中文回答\n\n" + WORDS.prompt("你好")
+
+
+def test_a_template_is_stored_and_read_back_to_the_byte(folders):
+    tokenizer = Tokenizer(folders / "with its config")
+    template = PromptTemplate.alpaca(tokenizer)
+    assert PromptTemplate.from_dict(json.loads(json.dumps(template.to_dict())), tokenizer) == template
+    assert PromptTemplate.from_identity(template.identity, tokenizer) == template
+
+
+def test_words_that_an_earlier_version_stored_stay_what_they_are(folders):
+    tokenizer = Tokenizer(folders / "with its config")
+    stored = {**dataclasses.asdict(AWKWARD), "end_of_turn": "{response}。\n"}
+    template = PromptTemplate.from_dict(json.loads(json.dumps(stored)), tokenizer)
+    assert template.to_dict() == stored
+    rendered = template.render(messages_of("一", [("二", "三")]), tokenizer.named_tokens, True)
+    assert rendered == "<s>" + AWKWARD.header + "{# c #}'二'\n答\n三。\n{# c #}'一'\n答\n"
+    first = PromptTemplate.from_dict(dataclasses.asdict(FIRST), tokenizer)
+    assert first.identity == f"PromptTemplate({repr(FIRST).partition('(')[2]}"
+    assert PromptTemplate.from_identity(first.identity, tokenizer) == first
+
+
+@pytest.mark.parametrize("stored", [{"header": "a"}, {"source": 1}, {"source": "a"}, [], {"instruction": "a"}])
+def test_what_is_no_stored_template_is_refused(folders, stored):
+    with pytest.raises(ValueError, match="prompt_template"):
+        PromptTemplate.from_dict(stored, Tokenizer(folders / "with its config"))
 
 
 @pytest.fixture(scope="module")
@@ -131,26 +158,27 @@ def processor(tiny_model):
 )
 def test_ids_and_labels_are_sentencepieces_own(folders, processor, kind):
     bos = [] if kind == "without BOS" else [1]
-    examples = encode_records(RECORDS, Tokenizer(folders / kind), PromptTemplate(), 4096, print)
-    for record, example in zip(RECORDS, examples, strict=True):
-        header = HEADER_WITH_INPUT if record.input else HEADER
-        middle = f"### Input:\n{record.input}\n\n" if record.input else ""
-        prompt = f"{header}### Instruction:\n{record.instruction}\n\n{middle}### Response:"
-        ids = bos + processor.encode(prompt + record.output) + [2]
-        assert example.text == prompt + record.output
+    examples = encode_records(RECORDS, alpaca_encoder(folders / kind), 4096, print)
+    for conversation, example in zip(RECORDS, examples, strict=True):
+        asked, answer = conversation.messages
+        header = HEADER_WITH_INPUT if asked.input else HEADER
+        middle = f"### Input:\n{asked.input}\n\n" if asked.input else ""
+        prompt = f"{header}### Instruction:\n{asked.text}\n\n{middle}### Response:"
+        ids = bos + processor.encode(prompt + answer.text) + [2]
+        assert example.text == prompt + answer.text
         assert example.input_ids.tolist() == ids
         # "\n" merges with nothing in this vocabulary, so the prompt's own tokens are the masked ones.
         masked = len(bos) + len(processor.encode(prompt))
         assert example.labels.tolist() == [-100] * masked + ids[masked:]
         learnt = [label for label in example.labels.tolist() if label != -100]
         assert learnt[-1] == 2
-        assert processor.decode(ids[: len(ids) - len(learnt)]) + record.output == prompt + record.output
+        assert processor.decode(ids[: len(ids) - len(learnt)]) + answer.text == prompt + answer.text
 
 
 @pytest.mark.parametrize("kind", ["with its config", "tokenizer.json alone", "without BOS"])
 def test_many_at_once_and_decoding(folders, processor, kind):
     tokenizer = Tokenizer(folders / kind)
-    texts = [record.output for record in RECORDS] + ["", " ", "你好"]
+    texts = [conversation.messages[-1].text for conversation in RECORDS] + ["", " ", "你好"]
     one_by_one = [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode_batch(texts, threads=2) == one_by_one
     assert one_by_one == [([] if kind == "without BOS" else [1]) + processor.encode(text) for text in texts]

@@ -12,12 +12,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers.environment import ENVIRONMENT, ROOT
+from helpers.records import alpaca_encoder, load_records, record
 
 from configs.errors import UserError
 from configs.training import TrainingConfig
 from ft_datasets import records as records_module
-from ft_datasets.alpaca_dataset import Record, load_records
-from ft_datasets.loading import READERS
+from ft_datasets.kinds import KINDS
+from ft_datasets.loading import load_data
+from ft_datasets.prompt import AlpacaWords
 from ft_datasets.records import DataFiles, read_entries
 
 ROWS = [
@@ -25,7 +27,7 @@ ROWS = [
     {"instruction": "a", "input": None, "output": 'b,"c"'},
     {"instruction": "007", "input": "NA", "output": "😀 null"},
 ]
-RECORDS = [Record(1, " 问  题 ", "", "答\n案 "), Record(2, "a", "", 'b,"c"'), Record(3, "007", "NA", "😀 null")]
+RECORDS = [record(1, " 问  题 ", "", "答\n案 "), record(2, "a", "", 'b,"c"'), record(3, "007", "NA", "😀 null")]
 GOOD = b'{"instruction": "a", "output": "b"}\n'
 
 
@@ -67,10 +69,10 @@ def complaint(path: Path, content: bytes | None = None) -> str:
     return str(caught.value)
 
 
-KINDS = ["data.json", "data.jsonl", "data.json.gz", "data.JSONL.gz", "data.csv", "data.parquet", "data.arrow", "data"]
+FILES = ["data.json", "data.jsonl", "data.json.gz", "data.JSONL.gz", "data.csv", "data.parquet", "data.arrow", "data"]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", FILES)
 def test_every_kind_of_file_gives_the_same_records(tmp_path, name):
     file = write(tmp_path / (name.lower() if "." in name else "data.json"), ROWS).rename(tmp_path / name)
     assert load_records(file) == RECORDS
@@ -90,7 +92,7 @@ def test_what_is_no_text_in_a_table_is_told(tmp_path, name):
     gaps = [{"instruction": "a", "input": float("nan"), "output": None}]
     assert '  without "output": 1' in complaint(write(tmp_path / name, gaps)).split("\n")
     gaps[0]["output"] = "b"
-    assert load_records(write(tmp_path / name, gaps)) == [Record(1, "a", "", "b")]
+    assert load_records(write(tmp_path / name, gaps)) == [record(1, "a", "", "b")]
 
 
 def test_a_table_written_as_a_file_of_arrow_is_read_too(tmp_path):
@@ -110,7 +112,7 @@ def test_a_column_of_pictures_is_not_looked_at(tmp_path):
     )
     table = pyarrow.table({"instruction": ["a"], "output": ["b"], "image": [picture]}, schema=features.arrow_schema)
     pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
-    assert load_records(tmp_path / "data.parquet") == [Record(1, "a", "", "b")]
+    assert load_records(tmp_path / "data.parquet", "image") == [record(1, "a", "", "b")]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_json_lines_may_have_a_mark_blank_lines_and_the_ends_of_windows(tmp_path
     path = tmp_path / "data.jsonl"
     last = '{"instruction": "x\u2028y", "output": "c"}'  # a line's end to Unicode, not to JSON
     path.write_bytes(b"\xef\xbb\xbf\r\n" + GOOD.replace(b"\n", b"\r\n") + b"\r\n" + last.encode())
-    assert load_records(path) == [Record(1, "a", "", "b"), Record(2, "x\u2028y", "", "c")]
+    assert load_records(path) == [record(1, "a", "", "b"), record(2, "x\u2028y", "", "c")]
     assert [(entry.number, entry.line) for entry in read_entries(DataFiles((path,)))] == [(1, 2), (2, 4)]
 
 
@@ -208,7 +210,7 @@ def test_bad_csv_files_are_told(tmp_path, content, words):
 def test_csv_files_as_excel_and_pandas_write_them(tmp_path):
     path = tmp_path / "data [1]*, old :: 表.csv"
     path.write_bytes('\ufeff,instruction,output\r\n0,"a\nb",5.10\r\n1,c,TRUE\r\n'.encode())
-    assert load_records(path) == [Record(1, "a\nb", "", "5.10"), Record(2, "c", "", "TRUE")]
+    assert load_records(path) == [record(1, "a\nb", "", "5.10"), record(2, "c", "", "TRUE")]
 
 
 @pytest.mark.parametrize("name", ["data.parquet", "data.arrow"])
@@ -240,8 +242,7 @@ def test_two_columns_of_one_name_are_told(tmp_path):
 
 def test_a_table_may_begin_with_an_empty_line(tmp_path):
     (tmp_path / "data.csv").write_text("\ninstruction,output\na,b\n", encoding="utf-8")
-    (record,) = load_records(tmp_path / "data.csv")
-    assert (record.instruction, record.output) == ("a", "b")
+    assert load_records(tmp_path / "data.csv") == [record(1, "a", "", "b")]
 
 
 def test_several_files_are_numbered_through_and_named(tmp_path):
@@ -260,7 +261,7 @@ def test_several_files_are_numbered_through_and_named(tmp_path):
     write(third, ROWS[2:])
     second.write_bytes(GOOD)
     records = load_records(DataFiles((first, second, third)))
-    assert records == [*RECORDS[:2], Record(3, "a", "", "b"), Record(4, "007", "NA", "😀 null")]
+    assert records == [*RECORDS[:2], record(3, "a", "", "b"), record(4, "007", "NA", "😀 null")]
 
 
 def test_a_hub_s_json_file_of_lines_is_read_as_such(tmp_path):
@@ -273,13 +274,20 @@ def test_a_hub_s_json_file_of_lines_is_read_as_such(tmp_path):
     assert load_records(DataFiles((path,), {"repository": "owner/name"})) == RECORDS
 
 
+LOAD = (
+    "from pathlib import Path; from configs.datasets import AlpacaDataset; from ft_datasets.records import DataFiles; "
+    "from ft_datasets.kinds import load_conversations; "
+    "load_records = lambda file: load_conversations(AlpacaDataset(), DataFiles((Path(file),)))"
+)
+
+
 def test_tables_need_no_network_and_leave_nothing_behind(tmp_path):
     file, home = write(tmp_path / "data.parquet", ROWS), tmp_path / "home"
     (tmp_path / "bad.parquet").write_bytes(b"bad")
     home.mkdir()
     (tmp_path / "temporary").mkdir()
     code = (
-        "import socket; from configs.errors import UserError; from ft_datasets.alpaca_dataset import load_records\n"
+        f"import socket; from configs.errors import UserError; {LOAD}\n"
         "def refuse(*_arguments): raise AssertionError('network')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
         "from datasets.utils.logging import get_verbosity; before = get_verbosity()\n"
@@ -297,7 +305,7 @@ def test_tables_need_no_network_and_leave_nothing_behind(tmp_path):
 def test_json_needs_no_library(tmp_path, name):
     file = write(tmp_path / name, ROWS)
     code = (
-        "import sys; from ft_datasets.alpaca_dataset import load_records; "
+        f"import sys; {LOAD}; "
         f"load_records({str(file)!r}); print([n for n in ('datasets', 'pyarrow', 'pandas') if n in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
@@ -306,30 +314,25 @@ def test_json_needs_no_library(tmp_path, name):
 
 def test_every_kind_of_data_that_can_be_chosen_has_its_settings_and_its_reader():
     choices = get_args(get_type_hints(TrainingConfig)["dataset"])
-    assert set(choices) == set(READERS)
+    assert set(choices) == {*KINDS, "custom_dataset"}
     for choice in choices:
         config = TrainingConfig(dataset=choice)
         assert config.data is getattr(config, choice)
-        assert config.data.data_path
+        assert choice == config.data.NAME
+        assert set(getattr(config.data, "NAMES", ())) >= set(KINDS[choice].fields if choice in KINDS else ()) - {
+            "conversations"
+        }
 
 
-def test_the_reader_is_the_one_that_dataset_names(tiny_model, tmp_path, monkeypatch):
-    from ft_datasets.loading import load_data
-    from ft_datasets.prompt import PromptTemplate
-    from ft_datasets.tokenizer import Tokenizer
-
-    asked = []
-
-    def read(files):
-        asked.append(files)
-        return RECORDS
-
-    monkeypatch.setitem(READERS, "alpaca_dataset", read)
-    config = TrainingConfig(run_validation=False)
-    config.data.data_path = "some.file"
-    data = load_data(config, Tokenizer(tiny_model), PromptTemplate(), print)
-    assert asked == [DataFiles((Path("some.file"),))]
-    assert [example.number for example in data.training] == [1, 2, 3]
+def test_the_reader_is_the_one_that_dataset_names(tiny_model, tmp_path):
+    path = tmp_path / "some.json"
+    path.write_text(
+        json.dumps([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    )
+    config = TrainingConfig(run_validation=False, dataset="chat_dataset")
+    config.chat_dataset.data_path = str(path)
+    (example,) = load_data(config, alpaca_encoder(tiny_model), print).training
+    assert example.text == AlpacaWords().prompt("a") + "b"
 
 
 def test_the_column_in_a_json_line_is_that_of_the_file(tmp_path):

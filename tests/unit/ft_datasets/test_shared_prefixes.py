@@ -6,14 +6,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers.records import alpaca_encoder, encode_records, load_records
 from helpers.sharing_out import share_out_plainly
 
-from ft_datasets.alpaca_dataset import load_records
-from ft_datasets.encoding import encode_records
 from ft_datasets.examples import Example
-from ft_datasets.prompt import PromptTemplate
 from ft_datasets.shared_prefixes import common_prefixes, share_prefixes
-from ft_datasets.tokenizer import Tokenizer
 from utils.rows.packing import first_that_fit, heaviest_first, pack, share_out, tokens_of_a_step
 from utils.rows.schedule import Schedule
 
@@ -26,8 +23,9 @@ def example(ids: list[int], prompt_length: int, shared_length: int = 0) -> Examp
 
 def test_both_headers_of_the_template_are_found(tiny_model, data_file):
     records = load_records(data_file)
-    examples = share_prefixes(encode_records(records, Tokenizer(tiny_model), PromptTemplate(), 1000, print))
-    kinds = [[e for e, record in zip(examples, records, strict=True) if bool(record.input) == has] for has in (0, 1)]
+    examples = share_prefixes(encode_records(records, alpaca_encoder(tiny_model), 1000, print))
+    has_input = [bool(record.messages[0].input) for record in records]
+    kinds = [[e for e, has in zip(examples, has_input, strict=True) if has == kind] for kind in (False, True)]
     for kind in kinds:
         (length,) = {e.shared_length for e in kind}
         columns = zip(*(e.input_ids.tolist() for e in kind), strict=False)

@@ -82,10 +82,9 @@ def test_memory_is_checked_before_the_model_is_loaded(tiny_model, data_file, tmp
 
 
 def data_of(config: TrainingConfig):
-    from ft_datasets.prompt import PromptTemplate
-    from ft_datasets.tokenizer import Tokenizer
+    from helpers.records import alpaca_encoder
 
-    return load_data(config, Tokenizer(config.model_name), PromptTemplate(), report=lambda _message: None)
+    return load_data(config, alpaca_encoder(config.model_name), report=lambda _message: None)
 
 
 def printed_plan(config: TrainingConfig, capsys) -> str:

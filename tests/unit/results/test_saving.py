@@ -7,11 +7,10 @@ import weakref
 import pytest
 import torch
 from helpers.disk import DiskRecord
+from helpers.records import alpaca_encoder, alpaca_template
 from helpers.trainers import make_trainer
 from safetensors.torch import load_file, save_file
 
-from ft_datasets.prompt import PromptTemplate
-from ft_datasets.tokenizer import Tokenizer
 from utils.model.folder import ModelFolder
 from utils.results import model_files, saving
 from utils.runs.base_model import BaseIdentity
@@ -56,7 +55,7 @@ def test_a_model_is_saved_without_ever_being_whole_in_memory(tiny_model, tmp_pat
             yield name, tensor
 
     monkeypatch.setattr(saving, "SHARD_BYTES", largest)
-    description = describe_run(trainer.config, Tokenizer(tiny_model), PromptTemplate(), BaseIdentity(""))
+    description = describe_run(trainer.config, alpaca_encoder(tiny_model), BaseIdentity(""))
     saving.save_result(trainer.config, trainer.model, tensors(), description, "")
     assert most <= 2 * largest < sum(parameter.nbytes for parameter in expected.values()) / 2
     saved = dict(ModelFolder(tmp_path).tensors())
@@ -68,7 +67,7 @@ def test_a_model_is_saved_without_ever_being_whole_in_memory(tiny_model, tmp_pat
 def test_what_says_that_a_result_is_whole_comes_after_it(tiny_model, tmp_path, monkeypatch, use_peft):
     """training_config.json: its `trained_steps` makes a run a finished one. A power cut must not leave it alone."""
     trainer = make_trainer(tiny_model, tmp_path, use_peft=use_peft)
-    description = describe_run(trainer.config, Tokenizer(tiny_model), PromptTemplate(), BaseIdentity(""))
+    description = describe_run(trainer.config, alpaca_encoder(tiny_model), BaseIdentity(""))
     disk = DiskRecord(tmp_path, monkeypatch)
     tensors = ((name, parameter.detach()) for name, parameter in trainer.parameters.items())
     saving.save_result(trainer.config, trainer.model, tensors, {**description, "trained_steps": 3}, "the card")
@@ -92,11 +91,11 @@ def test_a_saved_model_stops_at_every_end_that_its_base_names(tiny_model, tmp_pa
     base, saved = shutil.copytree(tiny_model, tmp_path / "base"), tmp_path / "saved"
     (base / "generation_config.json").write_text('{"eos_token_id": [7, 2, 9], "temperature": 0.6}')
     saved.mkdir()
-    model_files.copy_tokenizer(base, saved, PromptTemplate())
+    model_files.copy_tokenizer(base, saved, alpaca_template(base))
     settings = json.loads((saved / "generation_config.json").read_text())
     assert settings == {"eos_token_id": [2, 7, 9], "temperature": 0.6}
     (base / "generation_config.json").unlink()
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 7]}))
-    model_files.copy_tokenizer(base, saved, PromptTemplate())
+    model_files.copy_tokenizer(base, saved, alpaca_template(base))
     assert json.loads((saved / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": [2, 7]}

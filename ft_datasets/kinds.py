@@ -1,0 +1,84 @@
+"""The kinds of data that files hold, and how a file of one becomes conversations: the only list of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from configs.datasets import FileDataset
+from configs.errors import UserError
+from configs.messages import _
+from ft_datasets.alpaca_dataset import ALPACA
+from ft_datasets.chat_dataset import CHAT
+from ft_datasets.conversation import Conversation
+from ft_datasets.kind import Complaint, Kind
+from ft_datasets.records import DataFiles, Entry, name_entries, read_entries
+
+KINDS = {"alpaca_dataset": ALPACA, "chat_dataset": CHAT}
+"""By what --dataset calls them."""
+
+
+def load_conversations(settings: FileDataset, files: DataFiles) -> list[Conversation]:
+    """Read and check the data of one kind.
+
+    Args:
+        settings: of the kind; its NAME says which one.
+        files: where the records are.
+
+    Raises:
+        UserError: naming the file and the line, or the numbers of the records that are wrong.
+    """
+    kind = KINDS[settings.NAME]
+    complaints: dict[str, list[Entry]] = {}
+    conversations = []
+    for entry in read_entries(files):
+        try:
+            messages = tuple(read_record(entry.value, kind, settings))
+        except Complaint as complaint:
+            complaints.setdefault(str(complaint), []).append(entry._replace(value=None))
+        else:
+            conversations.append(Conversation(entry.number, messages, entry.source))
+    if complaints:
+        lines = [f"  {complaint}: {name_entries(entries, files)}" for complaint, entries in complaints.items()]
+        heading = _("{file}: these records can't be used (records count from 1):", file=files)
+        raise UserError("\n".join([heading, *lines, kind.advice()]))
+    return conversations
+
+
+def read_record(value: Any, kind: Kind, settings: FileDataset) -> list[Any]:
+    """The messages of one record.
+
+    Raises:
+        Complaint: it can't be used, or holds more than is read.
+    """
+    if not isinstance(value, dict):
+        raise Complaint(_("not an object with named fields"))
+    renamed = settings.renamed
+    entry = {name: value[name] for name in value if name not in renamed}
+    entry |= {ours: value[theirs] for theirs, ours in renamed.items() if theirs in value}
+    for name in ("messages", "conversations") if renamed else ():
+        if isinstance(entry.get(name), list):
+            entry[name] = [_renamed_message(message, renamed) for message in entry[name]]
+    messages = kind.read_messages(entry)
+    if dropped := sorted(set(_dropped(value, kind, renamed)) - set(settings.ignore_fields)):
+        flag = f"--{settings.NAME}.ignore_fields {','.join(dropped)}"
+        fields = '", "'.join(dropped)
+        raise Complaint(_('with "{fields}", which would be dropped ({flag} allows it)', fields=fields, flag=flag))
+    return messages
+
+
+def _dropped(value: dict[str, Any], kind: Kind, renamed: dict[str, str]) -> Iterator[str]:
+    """Names of what a record holds beside what is read."""
+    replaced = {ours for theirs, ours in renamed.items() if theirs in value}
+    for name, content in value.items():
+        is_read = name in renamed or (name in kind.fields and name not in replaced)
+        if not is_read and content not in (None, "", [], {}):
+            yield str(name)
+
+
+def _renamed_message(message: Any, renamed: dict[str, str]) -> Any:
+    if not isinstance(message, dict):
+        return message
+    found = {renamed.get(name, name): value for name, value in message.items()}
+    for name in ("role", "from"):
+        if isinstance(found.get(name), str):
+            found[name] = renamed.get(found[name], found[name])
+    return found
