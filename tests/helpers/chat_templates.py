@@ -4,9 +4,10 @@ The templates are this project's own; what they write is what the families' mode
 """
 
 import json
+import shutil
 from pathlib import Path
 
-from helpers.tiny_models import TEXTS
+from helpers.tiny_models import TEXTS, make_model
 
 CHATML = (
     "{%- for message in messages %}"
@@ -111,6 +112,14 @@ TEMPLATES = {
     "llama2": LLAMA2,
     "mistral": MISTRAL,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
 ENDS = {
     "chatml": "<|im_end|>",
     "qwen2": "<|im_end|>",
@@ -120,6 +129,36 @@ ENDS = {
     "mistral": "</s>",
 }
 """What ends an answer in each form."""
+
+
+FAMILIES = {
+    "chatml": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 32, "random_norms": True}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "llama2": ("llama", {"kv_heads": 4}),
+    "mistral": ("mistral", {"sliding_window": None}),
+}
+"""The family of models whose form it is, and what its configuration has beside the tests' usual."""
+
+
+def chat_model(folder: Path, form: str) -> Path:
+    """A small random model of a form's family, with a tokenizer of its kind and its template."""
+    family, more = FAMILIES[form]
+    make_model(folder, family=family, **{"kv_heads": 2, **more})
+    tokenizer = chat_folder(folder / "tokenizer", form)
+    (folder / "tokenizer.model").unlink()
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    if (tokenizer / "tokenizer.json").is_file():
+        ids = {t["content"]: t["id"] for t in json.loads((tokenizer / "tokenizer.json").read_text())["added_tokens"]}
+        for name in ("config.json", "generation_config.json"):
+            values = json.loads((folder / name).read_text())
+            values |= {"eos_token_id": ids[settings["eos_token"]], "bos_token_id": ids.get(settings.get("bos_token"))}
+            (folder / name).write_text(json.dumps(values))
+    for file in tokenizer.iterdir():
+        file.rename(folder / file.name)
+    shutil.rmtree(tokenizer)
+    return folder
 
 
 def chat_folder(folder: Path, form: str) -> Path:

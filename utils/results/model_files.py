@@ -17,6 +17,8 @@ from utils.results.tokenizer_files import sentencepiece_as_json
 
 INDEX = "model.safetensors.index.json"
 
+TAKES_JSON_AS_IT_IS = "PreTrainedTokenizerFast"
+"""The class of transformers that makes no tokenizer of its own out of a tokenizer.json (GPT2Tokenizer loses digits)."""
 SHARD_BYTES = 4e9
 """Largest file of a saved model."""
 
@@ -89,6 +91,8 @@ def copy_tokenizer(base: Path, folder: Path, template: PromptTemplate) -> None:
     settings = read_json(settings_file) if settings_file.is_file() else {}
     if (folder / "tokenizer.model").is_file():
         _have_transformers_read_sentencepiece(folder, settings, tokenizer)
+    else:
+        settings["tokenizer_class"] = TAKES_JSON_AS_IT_IS
     settings.setdefault("bos_token", tokenizer.bos_token or None)
     settings.setdefault("eos_token", tokenizer.eos_token)
     settings["chat_template"] = template.source
@@ -114,7 +118,7 @@ def _have_transformers_read_sentencepiece(folder: Path, settings: dict[str, Any]
         return
     exact.save(str(folder / "tokenizer.json"))
     settings.setdefault("unk_token", exact.model.unk_token)
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the one that takes tokenizer.json as it is
+    settings["tokenizer_class"] = TAKES_JSON_AS_IT_IS
     # transformers would put these in the place of what tokenizer.json says of the same tokens.
     for name in ("legacy", "add_prefix_space", "added_tokens_decoder", "auto_map"):
         settings.pop(name, None)

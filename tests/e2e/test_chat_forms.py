@@ -1,0 +1,90 @@
+"""Each family from conversations to whatever serves the model: trained, asked, resumed, merged, asked by others."""
+
+import importlib
+import json
+
+import pytest
+from helpers.chat_templates import ENDS, TEMPLATES, chat_model
+from transformers import AutoTokenizer, GenerationConfig, pipeline
+
+import generate
+import llama_finetuning
+from ft_datasets.chat_encoder import ChatEncoder
+from ft_datasets.conversation import messages_of
+from ft_datasets.prompt import PromptTemplate
+from ft_datasets.tokenizer import Tokenizer
+from utils.runs.metrics import read_metrics
+
+merge_lora_weights = importlib.import_module("inference.hf-text-generation-inference.merge_lora_weights")
+QUESTIONS = ["你好，请介绍一下你自己。", "a  b   c", "第一行\n第二行", "1+1=？ 🎉龘"]
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    """A file of conversations."""
+    path = tmp_path_factory.mktemp("data") / "talks.jsonl"
+    turns = [("今天天气好吗？", "今天天气很好。"), ("我们去公园？", "好，一起去散步。"), ("说一句诗。", "春眠不觉晓。")]
+    lines = []
+    for number in range(12):
+        messages = []
+        for asked, answered in turns[: 1 + number % 3]:
+            messages += [{"role": "user", "content": f"{number}，{asked}"}, {"role": "assistant", "content": answered}]
+        lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("form", TEMPLATES)
+def test_a_family_answers_the_same_wherever_it_is_asked(form, talks, tmp_path, capsys):
+    base, output, merged = chat_model(tmp_path / "base", form), tmp_path / "adapter", tmp_path / "merged"
+    settings = {
+        "model_name": base,
+        "output_dir": output,
+        "dataset": "chat_dataset",
+        "chat_dataset.data_path": talks,
+        "use_peft": True,
+        "lora_config.target_modules": "all-linear",
+        "lr": 0.02,
+        "save_steps": 3,
+        "val_set_size": 2,
+    }
+    llama_finetuning.main(**settings, max_steps=3)
+    assert "the model's own chat template" in capsys.readouterr().out
+    described = json.loads((output / "training_config.json").read_text())
+    template = described["prompt_template"]
+    assert template["source"].endswith(TEMPLATES[form])
+    assert bool(template["date"]) == (form == "llama3")
+
+    # A run that goes on keeps its template, whatever has become of the model's own since.
+    own = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps({**own, "chat_template": "{{ 'other' }}"}))
+    llama_finetuning.main(**settings, max_steps=5)
+    assert "Going on from" in capsys.readouterr().out
+    assert json.loads((output / "training_config.json").read_text())["prompt_template"] == template
+    assert [line["step"] for line in read_metrics(output) if "train_loss" in line] == [1, 2, 3, 4, 5]
+
+    asked = {"temperature": 0, "max_new_tokens": 12}
+    answers = [generate.main(prompt=question, base_model=base, lora_weights=output, **asked) for question in QUESTIONS]
+    merge_lora_weights.main(base_model=base, peft_model=output, output_dir=merged)
+    assert [generate.main(prompt=q, base_model=merged, lora_weights="", **asked) for q in QUESTIONS] == answers
+    capsys.readouterr()
+
+    # transformers alone, from the merged folder: ids, ends, and answers of its chat pipeline.
+    tokenizer = Tokenizer(base)
+    encoder = ChatEncoder(PromptTemplate.from_dict(template, tokenizer), tokenizer)
+    other = AutoTokenizer.from_pretrained(merged)
+    end = other.convert_tokens_to_ids(ENDS[form])
+    ends = GenerationConfig.from_pretrained(merged).eos_token_id
+    assert end in (ends if isinstance(ends, list) else [ends])
+    for question in QUESTIONS:
+        for history in ([], [("你是谁？", "  我是助手。\n")]):
+            turns = [text for turn in history for text in turn] + [question]
+            messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+            found = other.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            assert found == encoder.prompt_ids(messages_of(question, history)), (question, history)
+    chat = pipeline("text-generation", model=str(merged), tokenizer=other)
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        (said,) = chat([{"role": "user", "content": question}], do_sample=False, max_new_tokens=12)
+        text = said["generated_text"][-1]["content"]
+        # Its text may end inside a character, and has the blanks that are not shown here.
+        assert text.rstrip("\ufffd") == answer
