@@ -2,13 +2,16 @@
 
 import importlib
 import json
+from datetime import date, datetime
 
 import pytest
+import torch
 from helpers.chat_templates import ENDS, TEMPLATES, chat_model
-from transformers import AutoTokenizer, GenerationConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 import generate
 import llama_finetuning
+from configs.errors import UserError
 from ft_datasets.chat_encoder import ChatEncoder
 from ft_datasets.conversation import messages_of
 from ft_datasets.prompt import PromptTemplate
@@ -17,6 +20,17 @@ from utils.runs.metrics import read_metrics
 
 merge_lora_weights = importlib.import_module("inference.hf-text-generation-inference.merge_lora_weights")
 QUESTIONS = ["你好，请介绍一下你自己。", "a  b   c", "第一行\n第二行", "1+1=？ 🎉龘"]
+
+
+def fixed_clock(day: str) -> type[datetime]:
+    """A clock that stands still."""
+
+    class OneDay(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.fromisoformat(day)
+
+    return OneDay
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +46,54 @@ def talks(tmp_path_factory):
         lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+@pytest.mark.parametrize("form", TEMPLATES)
+def test_the_first_loss_is_that_of_a_plain_loop_over_the_answers(form, talks, tmp_path, capsys, monkeypatch):
+    """Each answer by itself, behind the ids that transformers makes of what came before it."""
+    base, output = chat_model(tmp_path / "base", form), tmp_path / "adapter"
+    llama_finetuning.main(
+        model_name=base,
+        output_dir=output,
+        dataset="chat_dataset",
+        use_peft=True,
+        run_validation=False,
+        max_steps=1,
+        batch_size_training=24 if form == "qwen3" else 12,
+        **{"chat_dataset.data_path": talks},
+    )
+    (line,) = [line for line in read_metrics(output) if "train_loss" in line]
+    day = json.loads((output / "training_config.json").read_text())["prompt_template"]["date"]
+    if day:
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", fixed_clock(day))
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    end = tokenizer.convert_tokens_to_ids(ENDS[form])
+    total, tokens = 0.0, 0
+    for record in map(json.loads, talks.read_text().splitlines()):
+        for count in range(1, len(record["messages"]), 2):
+            said = record["messages"]
+            prompt = tokenizer.apply_chat_template(said[:count], add_generation_prompt=True, return_dict=False)
+            whole = tokenizer.apply_chat_template(said[: count + 1], return_dict=False)
+            assert whole[: len(prompt)] == prompt
+            ids = torch.tensor([whole[: whole.index(end, len(prompt)) + 1]])
+            with torch.no_grad():
+                scores = model(ids).logits[0, len(prompt) - 1 : -1]
+            total += torch.nn.functional.cross_entropy(scores, ids[0, len(prompt) :], reduction="sum").item()
+            tokens += ids.shape[1] - len(prompt)
+    assert line["train_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    if day:
+        assert day == date.today().isoformat()
+
+
+def test_a_run_does_not_go_on_in_other_words(talks, tmp_path):
+    settings = {"output_dir": tmp_path / "adapter", "use_peft": True, "dataset": "chat_dataset", "save_steps": 1}
+    settings |= {"model_name": chat_model(tmp_path / "base", "chatml"), "chat_dataset.data_path": talks}
+    llama_finetuning.main(**settings, max_steps=1)
+    with pytest.raises(UserError, match=r"belongs to a run with other settings(?s:.*)prompt_template: .*alpaca"):
+        llama_finetuning.main(**settings, max_steps=2, prompt_template="alpaca")
+    llama_finetuning.main(**settings, max_steps=2, prompt_template="model")
 
 
 @pytest.mark.parametrize("form", TEMPLATES)

@@ -112,6 +112,11 @@ TEMPLATES = {
     "llama2": LLAMA2,
     "mistral": MISTRAL,
 }
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORDS = {"qwen2": QWEN_WORDS, "qwen3": QWEN_WORDS, "llama3": QWEN_WORDS.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)}
+"""What the families' tokenizers take for a word, which transformers puts into Qwen's by itself."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -178,17 +183,22 @@ def chat_folder(folder: Path, form: str) -> Path:
 
 def _write_byte_level(folder: Path, form: str) -> dict[str, str]:
     """A byte-level BPE tokenizer.json with the form's special tokens; returns what its tokenizer_config.json says."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     if form == "llama3":
         special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if form in WORDS:
+        split = pre_tokenizers.Split(Regex(WORDS[form]), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        fast.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    if form.startswith("qwen"):
+        fast.normalizer = normalizers.NFC()
     fast.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    trainer = BpeTrainer(vocab_size=500, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     fast.train_from_iterator(TEXTS, trainer)
     fast.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     if form == "qwen3":  # no special ones: data may hold them, and they are learnt as tokens
