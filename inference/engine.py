@@ -60,10 +60,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, template: PromptTemplate) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        config = causal_lm(model).config
-        # Attention over more than a sliding window (Mistral's first version) is not computed here.
-        window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-        self.context = min(config.max_position_embeddings, window) - learnt_prefix(model)[0].length
+        self.context = causal_lm(model).config.max_position_embeddings - learnt_prefix(model)[0].length
         self.device = causal_lm(model).get_input_embeddings().weight.device
 
     def encode_chat(self, prompt: str, history: Sequence[Turn] = ()) -> list[int]:

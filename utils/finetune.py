@@ -51,7 +51,6 @@ def fine_tune(
         if was_restarted(world):
             config = replace(config, resume="auto")  # --resume was about the first start
         data = read_data(config, world, tokenizer, template, say)
-        folder.check_length(data.longest)
         start = find_where_to_start(config, world, folder, tokenizer, template, data)
         report.start_notes(start, Path(config.output_dir), say)
         if start.is_finished:

@@ -12,16 +12,19 @@ class Family:
         has_fast_layers: the fused layers compute its layers: norm, q/k/v, rotation, attention, o, residual, norm,
             gate/up, SiLU, down, residual.
         has_llama_adapter: PEFT has LLaMA-Adapter for it.
+        one_window: config.json's sliding_window, where there is one, holds for every layer. Elsewhere it holds for the
+            layers that transformers gives it to (layer_types), or for none.
     """
 
     head_norms: bool = False
     has_fast_layers: bool = True
     has_llama_adapter: bool = False
+    one_window: bool = False
 
 
 FAMILIES = {
     "llama": Family(has_llama_adapter=True),
-    "mistral": Family(has_llama_adapter=True),
+    "mistral": Family(has_llama_adapter=True, one_window=True),
     "qwen2": Family(),
     "qwen3": Family(head_norms=True),
 }

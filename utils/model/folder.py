@@ -154,27 +154,6 @@ class ModelFolder:
                 )
             )
 
-    def check_length(self, tokens: int) -> None:
-        """Refuse examples of so many tokens, where the model's attention reaches back less far.
-
-        Raises:
-            UserError: it was trained with a sliding window (Mistral), which is not computed here.
-        """
-        from transformers import AutoConfig
-
-        # transformers knows whether the setting is used, and what it is where config.json says nothing.
-        window = getattr(AutoConfig.from_pretrained(self.path), "sliding_window", None)
-        if window and tokens > window:
-            raise UserError(
-                _(
-                    "{folder}: this model's attention reaches back {window} tokens (sliding_window), and the longest "
-                    "example has {tokens}. Train on shorter ones: --max_seq_length {window}",
-                    folder=self.path,
-                    window=window,
-                    tokens=tokens,
-                )
-            )
-
     def tensors(self) -> Iterator[tuple[str, Any]]:
         """Yield (name, tensor) of every weight, one at a time, on the CPU; nothing else stays in memory."""
         for file, names in self._names_by_file():

@@ -175,29 +175,6 @@ def test_to_freeze_all_layers_is_refused(tiny_model):
         folder.check_frozen_layers(2)
 
 
-@pytest.mark.parametrize(
-    ("settings", "window"),
-    [
-        ({"model_type": "llama"}, 0),
-        ({"model_type": "mistral"}, 4096),
-        ({"model_type": "mistral", "sliding_window": None}, 0),
-        ({"model_type": "mistral", "sliding_window": 300}, 300),
-        ({"model_type": "qwen2", "sliding_window": 300, "use_sliding_window": False}, 0),
-        ({"model_type": "qwen2", "sliding_window": 300, "use_sliding_window": True}, 300),
-        ({"model_type": "qwen3", "sliding_window": 300}, 0),
-    ],
-    ids=str,
-)
-def test_examples_longer_than_a_sliding_window_are_refused(folder, settings, window):
-    (folder / "config.json").write_text(json.dumps(settings))
-    if not window:
-        ModelFolder(folder).check_length(100_000)
-        return
-    ModelFolder(folder).check_length(window)
-    with pytest.raises(UserError, match=f"has {window + 1}.*--max_seq_length {window}"):
-        ModelFolder(folder).check_length(window + 1)
-
-
 def test_weights_that_were_pickled_as_parameters_are_plain_tensors(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     parameters = {name: torch.nn.Parameter(t) for name, t in load_file(folder / "model.safetensors").items()}
