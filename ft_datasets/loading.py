@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,11 @@ class Data:
     def longest(self) -> int:
         """Tokens of the longest example."""
         return max(map(len, [*self.training, *self.held_out]))
+
+    def apart(self) -> "Data":
+        """The same examples, none of which shares its beginning with others."""
+        training, held_out = ([replace(x, shared_length=0) for x in xs] for xs in (self.training, self.held_out))
+        return replace(self, training=training, held_out=held_out)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

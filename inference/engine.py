@@ -19,6 +19,7 @@ from inference.detokenizer import IncrementalDecoder, StopText
 from inference.sampling import choose
 from utils.model.adapters import learnt_prefix
 from utils.model.decoder import causal_lm, forward_hidden, logits
+from utils.model.families import Rope
 from utils.rows.segments import Segments
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -60,7 +61,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, template: PromptTemplate) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.context = causal_lm(model).config.max_position_embeddings - learnt_prefix(model)[0].length
+        self.context = Rope.of(causal_lm(model).config.to_dict()).context - learnt_prefix(model)[0].length
         self.device = causal_lm(model).get_input_embeddings().weight.device
 
     def encode_chat(self, prompt: str, history: Sequence[Turn] = ()) -> list[int]:

@@ -51,6 +51,8 @@ def fine_tune(
         if was_restarted(world):
             config = replace(config, resume="auto")  # --resume was about the first start
         data = read_data(config, world, tokenizer, template, say)
+        if folder.depends_on_length(data.longest):
+            data = data.apart()
         start = find_where_to_start(config, world, folder, tokenizer, template, data)
         report.start_notes(start, Path(config.output_dir), say)
         if start.is_finished:

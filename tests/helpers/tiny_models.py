@@ -23,6 +23,7 @@ def make_model(
     family: str = "llama",
     head_dim: int = 16,
     random_norms: bool = False,
+    positions: int = 512,
     **more,
 ) -> Path:
     """A small random model of Llama's kind with its tokenizer, as a hub repository would hold it."""
@@ -40,7 +41,7 @@ def make_model(
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,

@@ -1,6 +1,7 @@
 """The families of models that can be trained, and what each of them has. Free of torch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,3 +30,64 @@ FAMILIES = {
     "qwen3": Family(head_norms=True),
 }
 """By `model_type` of config.json. Their decoder: embedding, layers of attention and gated MLP under RMSNorm, RoPE."""
+
+ROPE_KINDS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""How rotary angles are scaled for longer texts: the kinds, and what config.json must say of each."""
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""What a layer attends to: all that stands before a token, or a window of it."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """What a config.json says of its model's rotary position embedding.
+
+    Attributes:
+        key: where it says so.
+        settings: what stands there; {} = nothing.
+        kind: see ROPE_KINDS.
+        unscaled_length: up to so many tokens a text's angles do not depend on its length; None = they never do.
+        context: how far the angles are made to reach, in tokens.
+    """
+
+    key: str
+    settings: dict[str, Any]
+    kind: str
+    unscaled_length: int | None
+    context: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "Rope":
+        """The rotary embedding of the model that a config.json describes."""
+        key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        settings = config.get(key) or {}
+        kind = settings.get("rope_type", settings.get("type", "default"))
+        length = config.get("max_position_embeddings", 2048)
+        original = config.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
+        context, factor = length, settings.get("factor") or 1
+        if kind == "dynamic":  # its factor is beside max_position_embeddings
+            context = int(length * factor)
+        elif kind == "yarn":
+            context = max(length, int((original or length) * factor))
+        unscaled = {"dynamic": length, "longrope": original or length}.get(kind)
+        return cls(key, settings, kind, unscaled, context)
+
+
+def not_computed(config: dict[str, Any]) -> tuple[str, Any] | None:
+    """What a config.json of a known family asks for that is not computed here, as its key and value; None = nothing."""
+    rope = Rope.of(config)
+    if not isinstance(rope.kind, str) or not {*ROPE_KINDS.get(rope.kind, ("?",))} <= rope.settings.keys():
+        return rope.key, rope.settings
+    if any(isinstance(value, dict) for value in rope.settings.values()):  # angles of each layer type
+        return rope.key, rope.settings
+    for place in (config, rope.settings):
+        if place.get("partial_rotary_factor") not in (None, 1):
+            return "partial_rotary_factor", place["partial_rotary_factor"]
+    others = sorted({*(config.get("layer_types") or ())} - {*LAYER_TYPES})
+    return ("layer_types", others) if others else None

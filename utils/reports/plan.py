@@ -28,6 +28,7 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     Raises:
         UserError: no such run can be (see Setup).
     """
+    data = data.apart() if folder.depends_on_length(data.longest) else data
     shape, world = Shape.of(folder.config), world_of_a_run(config.enable_fsdp, config.one_gpu)
     batch = config.batch_size_training * world.size
     schedule = Schedule(len(data.training), batch, config.num_epochs, config.max_steps, config.seed)

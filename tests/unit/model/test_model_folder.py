@@ -175,6 +175,37 @@ def test_to_freeze_all_layers_is_refused(tiny_model):
         folder.check_frozen_layers(2)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
+        {"rope_scaling": {"rope_type": "yarn"}},  # its factor lacks
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default"},
+                "sliding_attention": {"rope_type": "default"},
+            }
+        },
+        {"partial_rotary_factor": 0.5},
+        {"layer_types": ["chunked_attention"]},
+    ],
+    ids=str,
+)
+def test_what_is_not_computed_is_refused_by_its_key_and_value(folder, settings):
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **settings}))
+    ((key, value),) = settings.items()
+    assert f"{key}: {json.dumps(value)}" in complaint(folder)
+
+
+@pytest.mark.parametrize(("kind", "scaled"), [("linear", False), ("dynamic", True)])
+def test_which_lengths_a_texts_angles_depend_on(folder, kind, scaled):
+    settings = {"max_position_embeddings": 300, "rope_scaling": {"type": kind, "factor": 2.0}}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **settings}))
+    assert not ModelFolder(folder).depends_on_length(300)
+    assert ModelFolder(folder).depends_on_length(301) == scaled
+
+
 def test_weights_that_were_pickled_as_parameters_are_plain_tensors(tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     parameters = {name: torch.nn.Parameter(t) for name, t in load_file(folder / "model.safetensors").items()}
