@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.references import generated_by_engine, generated_by_transformers, transformers_model
 from helpers.tiny_models import make_model
 from helpers.trainers import made_up_examples
-from transformers import AutoModelForCausalLM
 
-from configs.serving import Sampling
 from ft_datasets.loading import Data
 from inference.loading import load_engine
 from utils.model.decoder import forward_hidden, logits
@@ -53,11 +52,6 @@ def folder(request, tmp_path_factory):
     return path
 
 
-def fresh_model(folder):
-    """It keeps the angles of the longest text that it has seen, so each text needs a model of its own."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-
-
 def test_a_packed_rows_logits_and_gradients_are_those_of_each_example_alone(folder):
     shared = [replace(example, shared_length=1) for example in made_up_examples()]
     assert any(len(example) > POSITIONS for example in shared) and any(len(example) < POSITIONS for example in shared)
@@ -71,7 +65,11 @@ def test_a_packed_rows_logits_and_gradients_are_those_of_each_example_alone(fold
 
     gradients = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for example, part in zip(data.training, rows.split([x.label_count for x in data.training]), strict=True):
-        reference, ids, start = fresh_model(folder), torch.tensor(example.input_ids.tolist()), example.first_learnt
+        reference, ids, start = (
+            transformers_model(folder),
+            torch.tensor(example.input_ids.tolist()),
+            example.first_learnt,
+        )
         expected = reference(ids[None]).logits[0, start - 1 : -1]
         torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-4)
         torch.nn.functional.cross_entropy(expected, ids[start:], reduction="sum").backward()
@@ -86,18 +84,9 @@ def test_an_answer_is_that_of_transformers_generate(folder, length):
     """One that grows beyond what is not scaled, and one that begins there; after one that was longer still."""
     engine, prompt_ids = load_engine(str(folder), "", None), [1, *range(300, 299 + length)]
     engine.context = 4 * POSITIONS
-    sampling = Sampling(max_new_tokens=12, temperature=0, repetition_penalty=1.3)
-    list(engine._tokens([1, *range(300, 340)], sampling, 4))
-    expected = fresh_model(folder).generate(
-        torch.tensor([prompt_ids]),
-        attention_mask=torch.ones(1, length, dtype=torch.int64),
-        do_sample=False,
-        max_new_tokens=12,
-        repetition_penalty=1.3,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    assert list(engine._tokens(prompt_ids, sampling, 12)) == expected[0, length:].tolist()
+    generated_by_engine(engine, [1, *range(300, 340)], 4)
+    expected = generated_by_transformers(transformers_model(folder), prompt_ids, 12)
+    assert generated_by_engine(engine, prompt_ids, 12) == expected
 
 
 def test_scaling_counts(folder):

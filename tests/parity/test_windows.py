@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from helpers.references import (
+    examples_that_begin_alike,
+    generated_by_engine,
+    generated_by_transformers,
+    transformers_model,
+)
 from helpers.tiny_models import make_model
 from helpers.trainers import make_trainer, project_logits
-from transformers import AutoModelForCausalLM
 
 from configs.peft import LoraConfig
-from configs.serving import Sampling
-from ft_datasets.examples import Example
 from inference.loading import load_engine
 from utils.model.adapters import trainable_parameters
 from utils.model.decoder import causal_lm, forward_hidden, logits
@@ -34,8 +37,6 @@ KINDS = {
     "llama, which has none": ({"family": "llama", "sliding_window": WINDOW}, [False] * 3),
 }
 """Settings of config.json, and which layers have a window by them."""
-HEADER = [1, 555, 410, 333, 278, 599, 261, 444, 298]
-ANSWERS = [[*range(300, 330), 2], [480, 2], [*range(340, 349), 2], [*range(100, 120), 2]]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -49,27 +50,11 @@ def windows(request, folder) -> list[bool]:
     return KINDS[request.node.callspec.params["folder"]][1]
 
 
-def reference_model(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-
-
-def examples() -> list[Example]:
-    """Examples that share a beginning longer than the window, and one that shares none; all but one are longer."""
-    import numpy as np
-
-    made = []
-    for number, answer in enumerate(ANSWERS):
-        shared = len(HEADER) - 1 if number < 3 else 0
-        ids = np.array([*(HEADER if shared else HEADER[:1]), *answer], dtype=np.int32)
-        made.append(Example(number, "", ids, ((len(ids) - len(answer), len(ids)),), shared))
-    return made
-
-
 def test_logits_are_transformers_own_and_a_window_is_where_it_should_be(folder, windows):
-    ids = [*HEADER, *ANSWERS[0]]
+    ids = examples_that_begin_alike()[0].input_ids.tolist()
     ours = load_base_model(ModelFolder(folder), torch.float32, [CPU])
     with torch.no_grad():
-        expected = reference_model(folder)(torch.tensor([ids])).logits[0]
+        expected = transformers_model(folder)(torch.tensor([ids])).logits[0]
     torch.testing.assert_close(project_logits(ours, ids), expected, rtol=1e-4, atol=1e-4)
     # Far enough behind, the first token can't be noticed any more, unless a layer sees it.
     changed = project_logits(ours, [ids[0], 77, *ids[2:]])
@@ -78,17 +63,17 @@ def test_logits_are_transformers_own_and_a_window_is_where_it_should_be(folder, 
 
 def test_a_packed_rows_logits_and_gradients_are_those_of_each_example_alone(folder):
     """With a beginning that several share: positions count within the example."""
-    model, reference = load_base_model(ModelFolder(folder), torch.float32, [CPU]), reference_model(folder)
+    model, reference = load_base_model(ModelFolder(folder), torch.float32, [CPU]), transformers_model(folder)
     for each in (model, reference):
         each.requires_grad_(True).zero_grad()
-    batch = pack(examples(), CPU)
+    batch = pack(examples_that_begin_alike(), CPU)
     assert batch.segments.contexts
     hidden = forward_hidden(model, batch.input_ids, batch.position_ids, batch.segments)
     rows = logits(model, hidden[batch.label_rows])
     loss = torch.nn.functional.cross_entropy(rows, batch.label_ids, reduction="sum")
     loss.backward()
     total = 0.0
-    for example in examples():
+    for example in examples_that_begin_alike():
         ids, start = torch.tensor(example.input_ids.tolist()), example.first_learnt
         scores = reference(ids[None]).logits[0, start - 1 : -1]
         total += torch.nn.functional.cross_entropy(scores, ids[start:], reduction="sum")
@@ -100,21 +85,12 @@ def test_a_packed_rows_logits_and_gradients_are_those_of_each_example_alone(fold
 
 
 def test_an_answer_several_windows_long_is_that_of_transformers_generate(folder):
-    engine, model = load_engine(str(folder), "", None), reference_model(folder)
-    for prompt_ids in ([*HEADER, *ANSWERS[0][:-1]], [1, 420]):  # longer than the window, and shorter
-        expected = model.generate(
-            torch.tensor([prompt_ids]),
-            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.int64),
-            do_sample=False,
-            max_new_tokens=20,
-            repetition_penalty=1.3,
-            eos_token_id=None,
-            pad_token_id=0,
-            # (transformers' cache drops keys by a setting that its Llama does not read.)
-            use_cache=model.config.model_type != "llama",
-        )[0, len(prompt_ids) :].tolist()
-        sampling = Sampling(max_new_tokens=20, temperature=0, repetition_penalty=1.3)
-        assert list(engine._tokens(prompt_ids, sampling, 20)) == expected
+    engine, model = load_engine(str(folder), "", None), transformers_model(folder)
+    # (transformers' cache drops keys by a setting that its Llama does not read.)
+    has_cache = model.config.model_type != "llama"
+    for prompt_ids in (examples_that_begin_alike()[0].input_ids.tolist(), [1, 420]):  # longer than the window; shorter
+        expected = generated_by_transformers(model, prompt_ids, 20, use_cache=has_cache)
+        assert generated_by_engine(engine, prompt_ids, 20) == expected
     assert engine.context == 512  # the model's, not the window
 
 
@@ -123,7 +99,7 @@ def test_the_fast_layers_compute_them_too(folder, tmp_path, windows):
     model, found = trainer.model, []
     for parameter in trainable_parameters(model).values():
         parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
-    batch = pack(examples(), CPU)
+    batch = pack(examples_that_begin_alike(), CPU)
     fused = FusedLayers(model, torch.float32)
     fused.refresh()
     assert [fused.shapes[layer].window for layer in causal_lm(model).model.layers] == [

@@ -9,7 +9,8 @@ class Family:
     """What tells a family of models from the others; all have Llama's decoder.
 
     Attributes:
-        head_norms: each head of queries and keys is normalised before it is rotated.
+        known_by: models of the family that people know it by.
+        head_norms: each head of queries and keys is normalised.
         has_fast_layers: the fused layers compute its layers: norm, q/k/v, rotation, attention, o, residual, norm,
             gate/up, SiLU, down, residual.
         has_llama_adapter: PEFT has LLaMA-Adapter for it.
@@ -17,6 +18,7 @@ class Family:
             layers that transformers gives it to (layer_types), or for none.
     """
 
+    known_by: str
     head_norms: bool = False
     has_fast_layers: bool = True
     has_llama_adapter: bool = False
@@ -24,12 +26,21 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family(has_llama_adapter=True),
-    "mistral": Family(has_llama_adapter=True, one_window=True),
-    "qwen2": Family(),
-    "qwen3": Family(head_norms=True),
+    "llama": Family("Llama 2, Llama 3.x, SmolLM2, Yi, DeepSeek LLM", has_llama_adapter=True),
+    "mistral": Family("Mistral 7B, Mistral Nemo", has_llama_adapter=True, one_window=True),
+    "ministral": Family("Ministral 8B"),
+    "qwen2": Family("Qwen 1.5, 2, 2.5"),
+    "qwen3": Family("Qwen 3", head_norms=True),
+    "smollm3": Family("SmolLM3", has_fast_layers=False),  # some layers have no rotation
+    "hunyuan_v1_dense": Family("Hunyuan", head_norms=True, has_fast_layers=False),  # norms come after the rotation
+    "ernie4_5": Family("ERNIE 4.5", has_fast_layers=False),  # rotates neighbouring numbers
 }
-"""By `model_type` of config.json. Their decoder: embedding, layers of attention and gated MLP under RMSNorm, RoPE."""
+"""By `model_type` of config.json. Their decoder: embedding, layers of attention and gated MLP under RMSNorm, RoPE.
+
+A family belongs here only where transformers' own modules under the loop of utils/model/decoder.py give its logits:
+nothing may stand between the layers, nor before or behind them (Gemma and Granite scale embeddings), and its linear
+layers have Llama's names (Phi-3 joins them). tests/parity/test_every_family.py holds each.
+"""
 
 ROPE_KINDS = {
     "default": (),
