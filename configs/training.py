@@ -221,6 +221,11 @@ class TrainingConfig:
                 "--peft_method llama_adapter passes its prompt through the base model's own weights, which PEFT "
                 "can't do over a quantized base: use --peft_method lora, or leave --quantization out"
             )
+        if self.lora_config.use_dora and self.enable_fsdp:
+            yield _(
+                "--lora_config.use_dora needs whole rows of the base model at the start, which --enable_fsdp cuts up: "
+                "leave one of them out"
+            )
         if self.method not in ("full", "lora") and self.enable_fsdp:
             yield _("--enable_fsdp shards LoRA and full fine-tuning only: use --peft_method lora")
 

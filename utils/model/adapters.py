@@ -14,6 +14,8 @@ from configs.training import TrainingConfig
 from utils.model.attention import NO_PAST, NoPast, Prefix
 from utils.model.decoder import causal_lm
 from utils.model.families import FAMILIES
+from utils.model.lora_forward import row_lengths
+from utils.model.quantization import QuantizedLinear
 
 
 def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
@@ -37,6 +39,8 @@ def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
             r=settings.r,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
             target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
             modules_to_save=settings.modules_to_save or None,
             task_type="CAUSAL_LM",
@@ -73,6 +77,8 @@ def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
 def _draw_lora(adapted: nn.Module, seed: int) -> None:
     """Draw LoRA's first weights by PEFT's default rule (Kaiming-uniform A, B = 0), in the order of the layers.
 
+    DoRA's magnitudes are the lengths of the base's rows, in fp32: PEFT's have the base's own, narrower type.
+
     On the CPU, so that they are the same wherever the base lies; and where the base has no weights yet, the adapter,
     which PEFT leaves without any as well, has them from here on, on the CPU.
     """
@@ -84,6 +90,9 @@ def _draw_lora(adapted: nn.Module, seed: int) -> None:
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
         device = torch.device("cpu") if parameter.is_meta else parameter.device
+        if ".lora_magnitude_vector." in name and not parameter.is_meta:
+            base = adapted.get_submodule(name.partition(".lora_magnitude_vector.")[0]).get_base_layer()
+            first = row_lengths(base.dequantize() if isinstance(base, QuantizedLinear) else base.weight)
         owner, _dot, leaf = name.rpartition(".")
         setattr(adapted.get_submodule(owner), leaf, nn.Parameter(first.to(device)))
 

@@ -38,6 +38,8 @@ def why_plain(config: TrainingConfig, model: dict[str, Any], device: torch.devic
         return _("it is for LoRA over frozen weights")
     if config.lora_config.lora_dropout:
         return _("it has no dropout (--lora_config.lora_dropout 0)")
+    if config.lora_config.use_dora:
+        return _("it has no DoRA (--lora_config.use_dora False)")
     if not {*config.lora_config.modules_to_save} <= {"embed_tokens", "lm_head"}:
         return _("it does not train norms (--lora_config.modules_to_save)")
     if config.enable_fsdp:

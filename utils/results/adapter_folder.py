@@ -13,6 +13,7 @@ from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.files import read_json
 from utils.model.folder import ADAPTER_CONFIG, ModelFolder
+from utils.model.lora_forward import add_before_rounding
 from utils.model.tensor_files import is_whole
 from utils.runs.base_model import BaseIdentity, compared_by_first_rows, differences
 from utils.runs.description import read_training_config
@@ -38,9 +39,12 @@ def load_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Modul
                 error="\n  ".join(line.strip() for line in str(error).strip().split("\n")[:2]),
             )
         ) from error
-    for parameter in adapted.parameters():
-        if parameter.dtype == torch.float32:
+    for name, parameter in adapted.named_parameters():
+        # DoRA's magnitudes stay as exact as the lengths that they are set beside.
+        if parameter.dtype == torch.float32 and ".lora_magnitude_vector." not in name:
             parameter.data = parameter.data.to(dtype)
+    if dtype != torch.float32 and getattr(adapted.active_peft_config, "use_dora", False):
+        add_before_rounding(adapted)
     return adapted.eval()
 
 
