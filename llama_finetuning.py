@@ -59,6 +59,10 @@ def main(**settings: Any) -> Path:
     tokenizer, template = Tokenizer(folder.path), PromptTemplate()
     folder.check_vocabulary(tokenizer.vocab_size)
     folder.check_frozen_layers(config.frozen_layers or 0)
+    if config.from_adapter:
+        from utils.results.adapter_folder import second_stage
+
+        config, template = second_stage(config, folder, tokenizer)
     if config.preview:
         from utils.reports.preview import preview
 

@@ -21,6 +21,7 @@ from utils.planning.fits import check_memory
 from utils.planning.shape import Shape
 from utils.reports import run as report
 from utils.reports.loss_picture import draw_losses
+from utils.results.adapter_folder import origin_of_adapter
 from utils.results.saving import save_result
 from utils.runs.base_model import BaseIdentity
 from utils.runs.description import describe_run, write_training_config
@@ -64,7 +65,10 @@ def fine_tune(
         base = BaseIdentity(folder.fingerprint(), folder.digests, sha256.result())
         if start.checkpoint and not config.accept_changes:
             decide_on_main(world, lambda: check_same_base(start.checkpoint, base))
-        train(trainer, describe_run(config, tokenizer, template, base, data.origin), say)
+        description = describe_run(config, tokenizer, template, base, data.origin)
+        if config.from_adapter:
+            description["from_adapter"] = origin_of_adapter(config, is_new=not start.checkpoint)
+        train(trainer, description, say)
 
 
 def check_processes_agree(config: TrainingConfig, world: World) -> None:
@@ -125,7 +129,10 @@ def load_trainer(
 ) -> Trainer:
     """The model with what is trained of it, its step plan found, and the state of the run that it goes on from."""
     say(_("Loading {folder} …", folder=folder.path))
-    loss_module = load_trainable(config, setup, folder)
+    adapter = Path(config.from_adapter) if config.from_adapter and not start.checkpoint else None
+    if adapter:
+        say(_("Starting from the adapter in {folder} …", folder=adapter))
+    loss_module = load_trainable(config, setup, folder, adapter)
     if setup.world.device.type == "cuda":
         say(_("Finding the fastest micro-batch that fits (with compilation up to a minute) …"))
     optimizer = make_optimizer(trainable_parameters(loss_module.model).values(), config)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,13 +10,23 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.messages import _
-from configs.peft import ALL_LINEAR
+from configs.peft import ALL_LINEAR, LoraConfig
 from configs.training import TrainingConfig
+from utils.files import read_json
 from utils.model.attention import NO_PAST, NoPast, Prefix
 from utils.model.decoder import causal_lm
 from utils.model.families import FAMILIES
+from utils.model.folder import ADAPTER_CONFIG
 from utils.model.lora_forward import row_lengths
 from utils.model.quantization import QuantizedLinear
+from utils.model.tensor_files import open_tensors
+
+LORA_SETTINGS = frozenset("r lora_alpha use_rslora use_dora target_modules modules_to_save lora_dropout".split())
+"""Settings of a LoRA that a run has as PEFT does."""
+WITHOUT_EFFECT = frozenset(
+    "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision task_type".split()
+)
+"""PEFT's settings that say nothing about what an adapter computes."""
 
 
 def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
@@ -135,6 +146,88 @@ def _check_modules_to_save(model: nn.Module, names: list[str]) -> None:
                 names=",".join(tied),
             )
         )
+
+
+def stored_lora(folder: Path) -> LoraConfig:
+    """The settings that make a saved LoRA adapter what it is; what is only of its training is as by default.
+
+    Raises:
+        UserError: it is another kind of adapter, or has settings that a run can't have.
+    """
+    import peft
+
+    stored, usual = read_json(folder / ADAPTER_CONFIG), peft.LoraConfig().to_dict()
+    others = {name: stored[name] for name in sorted(stored.keys() - LORA_SETTINGS - WITHOUT_EFFECT)}
+    changed = {name: value for name, value in others.items() if value != usual.get(name) and value != "gaussian"}
+    if stored.get("peft_type") != "LORA":
+        changed = {"peft_type": stored.get("peft_type")}
+    elif not isinstance(stored["target_modules"], list):  # a pattern
+        changed = {"target_modules": stored["target_modules"]}
+    if changed:
+        setting, value = next(iter(changed.items()))
+        raise UserError(
+            _(
+                "--from_adapter {folder}: no run here trains adapters with {setting} {value}. Merge it into its base "
+                "model and train over that.",
+                folder=folder,
+                setting=setting,
+                value=value,
+            )
+        )
+    return LoraConfig(
+        r=stored["r"],
+        lora_alpha=stored["lora_alpha"],
+        use_rslora=bool(stored.get("use_rslora")),
+        use_dora=bool(stored.get("use_dora")),
+        target_modules=sorted(stored["target_modules"]),
+        modules_to_save=sorted(stored.get("modules_to_save") or []),
+    )
+
+
+def take_weights(model: nn.Module, folder: Path) -> None:
+    """Put a saved adapter's weights in the places of a model's trainable ones; PEFT's own loading passes over some.
+
+    Raises:
+        UserError: they are not the same ones, or of other shapes.
+    """
+    with open_tensors(adapter_file(folder)) as tensors:
+        stored = {name: tensors.get_tensor(name) for name in list(tensors.keys())}
+    places = {_stored_name(name): name for name in trainable_parameters(model)}
+    for name, tensor in stored.items():
+        place = places.pop(name, None)
+        parameter = model.get_parameter(place) if place else None
+        if place is None or parameter.shape != tensor.shape:
+            raise _does_not_fit(folder, name)
+        device = torch.device("cpu") if parameter.is_meta else parameter.device
+        owner, _dot, leaf = place.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, torch.float32)))
+    if places:
+        raise _does_not_fit(folder, next(iter(places)))
+
+
+def _stored_name(name: str) -> str:
+    """The name under which PEFT saves a trainable parameter of an adapted model."""
+    name = name.replace(".modules_to_save.default.", ".").replace(
+        ".lora_magnitude_vector.default.weight", ".lora_magnitude_vector"
+    )
+    return name.replace(".default.weight", ".weight")
+
+
+def _does_not_fit(folder: Path, name: str) -> UserError:
+    return UserError(
+        _(
+            "--from_adapter {folder}: {name} is not in both, the adapter and what is to be trained, or has another "
+            "shape. Give the base model that the adapter was trained on.",
+            folder=folder,
+            name=name,
+        )
+    )
+
+
+def adapter_file(folder: Path) -> Path:
+    """The file of an adapter's weights; an earlier PEFT wrote .bin."""
+    file = folder / "adapter_model.safetensors"
+    return file if file.is_file() else folder / "adapter_model.bin"
 
 
 def make_trainable(model: nn.Module, config: TrainingConfig) -> nn.Module:

@@ -17,6 +17,7 @@ from configs.messages import _
 from configs.quantization import Quantization
 from ft_datasets.prompt import PromptTemplate
 from utils.files import free_space, read_json
+from utils.model.adapters import adapter_file
 from utils.model.digests import whole_digest
 from utils.model.folder import ADAPTER_CONFIG, ModelFolder
 from utils.model.lora_forward import row_lengths
@@ -59,9 +60,7 @@ class LoraDelta:
                 raise UserError(
                     _("{folder}: adapters with {setting} can't be merged here.", folder=folder, setting=setting)
                 )
-        file = folder / "adapter_model.safetensors"
-        if not file.is_file():
-            file = folder / "adapter_model.bin"
+        file = adapter_file(folder)
         if not file.is_file():
             raise UserError(_("{folder} has no adapter_model.safetensors: it is not whole.", folder=folder))
         with open_tensors(file) as tensors:
