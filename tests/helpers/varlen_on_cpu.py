@@ -140,13 +140,13 @@ def _efficient_attention_forward(
     with_log_sums=False,
     *,
     scale=None,
-    window_size=None,
     **_more,
 ):
     _check(query[0], key[0], bounds, key_bounds, longest, longest_of_keys, dropout)
     assert longest <= query.shape[1] and longest_of_keys <= key.shape[1]  # the card's operator refuses more
+    assert "window_size" not in _more  # the backward pass of torch 2.11 is wrong then
     assert (bias, mask_type, with_log_sums, key.shape[2]) == (None, CAUSAL_FROM_THE_END, True, query.shape[2])
-    output, log_sum_exp = _forward(query[0], key[0], value[0], bounds, key_bounds, scale, window_size)
+    output, log_sum_exp = _forward(query[0], key[0], value[0], bounds, key_bounds, scale, None)
     multiple = -(-longest // LOG_SUM_MULTIPLE) * LOG_SUM_MULTIPLE
     padded = log_sum_exp.new_full((len(bounds) - 1, len(log_sum_exp), multiple), torch.inf)
     for segment, (start, end) in enumerate(itertools.pairwise(bounds)):
@@ -174,7 +174,6 @@ def _efficient_attention_backward(
     bias_requires_grad,
     *,
     scale=None,
-    window_size=None,
     **_more,
 ):
     _check(query[0], key[0], bounds, key_bounds, longest, longest_of_keys, dropout)
@@ -185,5 +184,5 @@ def _efficient_attention_backward(
     log_sum_exp = torch.cat([sums[:, :length] for sums, length in zip(padded, lengths, strict=True)], dim=1)
     assert padded.isfinite().sum() == log_sum_exp.numel()
     states = (grad[0], query[0], key[0], value[0], output[0])
-    grads = _backward(*states, log_sum_exp, bounds, key_bounds, scale, window_size)
+    grads = _backward(*states, log_sum_exp, bounds, key_bounds, scale, None)
     return *(each[None] for each in grads), query.new_empty(0)

@@ -110,7 +110,6 @@ def _efficient_attention(
     key_bounds: torch.Tensor,
     longest: int,
     scale: float | None,
-    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     heads = query.shape[1]
     # The operator refuses more than the row has.
@@ -128,7 +127,6 @@ def _efficient_attention(
         CAUSAL_FROM_THE_END,
         True,
         scale=scale,
-        window_size=window,
     )
     # They come as [segments, heads, longest], which is far too much to keep where segments differ in length.
     segment, place = _places(bounds, len(query))
@@ -154,7 +152,6 @@ def _efficient_attention_backward(
     key_bounds: torch.Tensor,
     longest: int,
     scale: float | None,
-    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     heads, kv_heads = query.shape[1], key.shape[1]
     longest, longest_of_keys = min(longest, len(query)), min(longest, len(key))
@@ -181,7 +178,6 @@ def _efficient_attention_backward(
         CAUSAL_FROM_THE_END,
         False,
         scale=scale,
-        window_size=window,
     )
     grad_key, grad_value = (x[0].unflatten(1, (kv_heads, -1)).sum(2) for x in (grad_key, grad_value))
     return grad_query[0], grad_key, grad_value
@@ -202,8 +198,10 @@ def _efficient_forward(
     scale: float | None,
     window: int | None,
 ) -> Tensors:
+    if _cuts(window, segments):
+        return ONE_BY_ONE.forward(query, key, value, segments, scale, window)
     bounds, key_bounds, longest, _longest = segments.for_varlen
-    return _efficient_attention(query, key, value, bounds, key_bounds, longest, scale, window)
+    return _efficient_attention(query, key, value, bounds, key_bounds, longest, scale)
 
 
 def _efficient_backward(
@@ -217,10 +215,17 @@ def _efficient_backward(
     scale: float | None,
     window: int | None,
 ) -> Tensors:
+    if _cuts(window, segments):
+        return ONE_BY_ONE.backward(grad_output, query, key, value, output, log_sum_exp, segments, scale, window)
     bounds, key_bounds, longest, _longest = segments.for_varlen
     return _efficient_attention_backward(
-        grad_output, query, key, value, output, log_sum_exp, bounds, key_bounds, longest, scale, window
+        grad_output, query, key, value, output, log_sum_exp, bounds, key_bounds, longest, scale
     )
+
+
+def _cuts(window: int | None, segments: Segments) -> bool:
+    """Whether a window leaves anything out. (torch's operator takes one, but its backward pass is wrong then: 2.11.)"""
+    return window is not None and window < segments.longest
 
 
 EFFICIENT = Kernel(_efficient_forward, _efficient_backward)
