@@ -1,20 +1,25 @@
 """Every kind of scaled rotary embedding, against transformers' own model that is given each text alone."""
 
 import json
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
+from helpers.command_runs import call_main
 from helpers.references import generated_by_engine, generated_by_transformers, transformers_model
 from helpers.tiny_models import make_model
 from helpers.trainers import made_up_examples
 
+import llama_finetuning
 from ft_datasets.loading import Data
 from inference.loading import load_engine
 from utils.model.decoder import forward_hidden, logits
 from utils.model.folder import ModelFolder
 from utils.model.weights import load_base_model
 from utils.rows.packing import pack
+from utils.runs.metrics import read_metrics
 
 CPU = torch.device("cpu")
 POSITIONS = 16
@@ -100,3 +105,27 @@ def test_scaling_counts(folder):
         model.model.rotary_emb.inv_freq.copy_(10000 ** (-torch.arange(8) / 8))
         model.model.rotary_emb.attention_scaling = 1.0
         assert (forward_hidden(model, ids, torch.arange(39)) - scaled).abs().max() > 0.01
+
+
+def test_a_runs_loss_is_that_of_each_example_alone(tmp_path):
+    """All of them begin alike, with the words of the prompt, but share nothing: their angles differ by length."""
+    path = make_model(tmp_path / "model", positions=64, rope_parameters={**KINDS["dynamic"], "rope_theta": 1e4})
+    records = [{"instruction": f"请说出第{n}个数字。", "output": "今天天气很好。" * (1 + 5 * n)} for n in range(6)]
+    (tmp_path / "data.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    flags = ["--model_name", path, "--alpaca_dataset.data_path", tmp_path / "data.json", "--run_validation", False]
+    run = ["--use_peft", "--output_dir", tmp_path / "out", "--batch_size_training", 6, "--max_steps", 1]
+    with redirect_stdout(StringIO()) as shown:
+        call_main(llama_finetuning.main, *flags, "--preview", 6)
+        call_main(llama_finetuning.main, *flags, *run, "--plan")
+    total, count, lengths = 0.0, 0, []
+    for line in shown.getvalue().splitlines()[:6]:
+        example = json.loads(line)
+        ids, labels = torch.tensor(example["input_ids"]), torch.tensor(example["labels"])[1:]
+        with torch.no_grad():
+            scores = transformers_model(path)(ids[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(scores, labels.long(), reduction="sum").item()
+        count += int((labels >= 0).sum())
+        lengths.append(len(ids))
+    assert min(lengths) < max(lengths) > 64
+    call_main(llama_finetuning.main, *flags, *run)
+    assert next(iter(read_metrics(tmp_path / "out")))["train_loss"] == pytest.approx(total / count, rel=1e-4)

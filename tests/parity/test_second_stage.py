@@ -18,6 +18,8 @@ from utils.files import sha256
 from utils.model.folder import ModelFolder
 from utils.model.weights import load_base_model
 from utils.results.adapter_folder import load_adapter
+from utils.results.consolidating import consolidate
+from utils.runs.checkpoint import read_checkpoint
 from utils.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("english")
@@ -106,6 +108,16 @@ def test_it_goes_on_without_the_adapter_as_if_never_stopped(first_stages, run, t
     assert json.loads((stopped / "training_config.json").read_text())["from_adapter"] == origin
     with pytest.raises(UserError, match=f"There is no adapter in {first}"):
         run(tmp_path / "another", "--from_adapter", first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_checkpoint_converts_to_its_adapter(first_stages, run, tiny_model, tmp_path, kind):
+    second = run(tmp_path / "second", "--from_adapter", first_stages[kind])
+    converted = tmp_path / "converted"
+    consolidate(read_checkpoint(second / "checkpoints" / "step-2"), ModelFolder(tiny_model), converted)
+    expected, found = weights_of(second), weights_of(converted)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_without_the_flag_it_is_not_gone_on_with(first_stages, run, tmp_path):
