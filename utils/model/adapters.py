@@ -167,8 +167,8 @@ def stored_lora(folder: Path) -> LoraConfig:
         setting, value = next(iter(changed.items()))
         raise UserError(
             _(
-                "--from_adapter {folder}: no run here trains adapters with {setting} {value}. Merge it into its base "
-                "model and train over that.",
+                "--from_adapter {folder}: no run can start from an adapter with {setting} {value}, only from a LoRA "
+                "such as a run here makes. (What can be merged into its base model can be trained over instead.)",
                 folder=folder,
                 setting=setting,
                 value=value,
@@ -207,10 +207,8 @@ def take_weights(model: nn.Module, folder: Path) -> None:
 
 def _stored_name(name: str) -> str:
     """The name under which PEFT saves a trainable parameter of an adapted model."""
-    name = name.replace(".modules_to_save.default.", ".").replace(
-        ".lora_magnitude_vector.default.weight", ".lora_magnitude_vector"
-    )
-    return name.replace(".default.weight", ".weight")
+    name = name.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
+    return name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
 
 
 def _does_not_fit(folder: Path, name: str) -> UserError:
