@@ -60,17 +60,22 @@ def main(**settings: Any) -> Path:
     tokenizer = Tokenizer(folder.path)
     folder.check_vocabulary(tokenizer.vocab_size)
     folder.check_frozen_layers(config.frozen_layers or 0)
+    inherited = None
+    if config.from_adapter:
+        from utils.results.adapter_folder import second_stage
+
+        config, inherited = second_stage(config, folder, tokenizer)
     if config.preview:
         from utils.reports.preview import preview
 
         files = fetch_data(config.data, partial(print, file=sys.stderr))
-        encoder = ChatEncoder(template_for(config, tokenizer), tokenizer)
+        encoder = ChatEncoder(template_for(config, tokenizer, inherited), tokenizer)
         preview(load_data(config, encoder, lambda _message: None, files).training[: config.preview])
     elif config.plan:
         from utils.reports.plan import print_plan
 
         files = fetch_data(config.data, print)
-        encoder = ChatEncoder(template_for(config, tokenizer), tokenizer)
+        encoder = ChatEncoder(template_for(config, tokenizer, inherited), tokenizer)
         print_plan(config, folder, load_data(config, encoder, print, files))
     else:
         from utils.finetune import fine_tune
@@ -81,7 +86,7 @@ def main(**settings: Any) -> Path:
                 _("--enable_fsdp needs processes to share among: torchrun --nproc_per_node 2 llama_finetuning.py …")
             )
         with joined_world(config.one_gpu) as world:
-            fine_tune(config, world, folder, tokenizer)
+            fine_tune(config, world, folder, tokenizer, inherited)
     return Path(config.output_dir)
 
 

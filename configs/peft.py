@@ -16,6 +16,11 @@ class LoraConfig:
     """Rank: the width of the thin matrices."""
     lora_alpha: int = 32
     """The product counts lora_alpha / r times."""
+    use_rslora: bool = False
+    """It counts lora_alpha / sqrt(r) times instead (rsLoRA, Kalajdzievski 2023), so that high ranks learn as fast."""
+    use_dora: bool = False
+    """Learn the length of each row of the adapted weight by itself, and its direction by LoRA (DoRA, Liu et al. 2024):
+    better at low ranks, and slower."""
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     """Names of the linear layers that get one, or all-linear."""
     modules_to_save: list[str] = field(default_factory=list)

@@ -39,6 +39,9 @@ class TrainingConfig:
     peft_method: Literal["lora", "llama_adapter", "prefix"] = "lora"
     """Which adapter, with --use_peft."""
     lora_config: LoraConfig = field(default_factory=LoraConfig)
+    from_adapter: str = ""
+    """Folder of a LoRA adapter whose weights the run starts from, as a second stage; rank, alpha, layers and kind of
+    LoRA are its own. (A run that goes on from a checkpoint needs it no more.)"""
     llama_adapter_config: LlamaAdapterConfig = field(default_factory=LlamaAdapterConfig)
     prefix_config: PrefixConfig = field(default_factory=PrefixConfig)
     freeze_layers: bool = False
@@ -231,6 +234,13 @@ class TrainingConfig:
                 "--peft_method llama_adapter passes its prompt through the base model's own weights, which PEFT "
                 "can't do over a quantized base: use --peft_method lora, or leave --quantization out"
             )
+        if self.from_adapter and Path(self.from_adapter).resolve() == Path(self.output_dir).resolve():
+            yield _("--output_dir {folder} is the folder of --from_adapter: give another one", folder=self.output_dir)
+        if self.lora_config.use_dora and self.enable_fsdp:
+            yield _(
+                "--lora_config.use_dora needs whole rows of the base model at the start, which --enable_fsdp cuts up: "
+                "leave one of them out"
+            )
         if self.method not in ("full", "lora") and self.enable_fsdp:
             yield _("--enable_fsdp shards LoRA and full fine-tuning only: use --peft_method lora")
 
@@ -243,6 +253,7 @@ class TrainingConfig:
             "custom_dataset": (self.dataset == "custom_dataset", "--dataset custom_dataset"),
             "peft_method": (self.use_peft, "--use_peft"),
             "lora_config": (self.method == "lora", "--use_peft --peft_method lora"),
+            "from_adapter": (self.method == "lora", "--use_peft --peft_method lora"),
             "llama_adapter_config": (
                 self.method == "llama_adapter",
                 "--use_peft --peft_method llama_adapter",

@@ -39,6 +39,11 @@ class Data:
         """Tokens of the longest example."""
         return max(map(len, [*self.training, *self.held_out]))
 
+    def apart(self) -> "Data":
+        """The same examples, none of which shares its beginning with others."""
+        training, held_out = ([replace(x, shared_length=0) for x in xs] for xs in (self.training, self.held_out))
+        return replace(self, training=training, held_out=held_out)
+
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """The hash of the examples' tokens and labels, in order."""

@@ -23,11 +23,17 @@ class KeyValueCache:
         self.values: torch.Tensor | None = None
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: Segments,
+        scale: float | None,
+        window: int | None,
     ) -> torch.Tensor:
         """See Past."""
         past_length = self.length
-        return attend_one_by_one(query, *self.extend(key, value), segments, scale, past_length)
+        return attend_one_by_one(query, *self.extend(key, value), segments, scale, window, past_length)
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store keys and values of new tokens, and return all that there are then, [length, kv_heads, head_dim]."""

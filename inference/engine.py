@@ -20,6 +20,7 @@ from inference.detokenizer import IncrementalDecoder, StopText
 from inference.sampling import choose
 from utils.model.adapters import learnt_prefix
 from utils.model.decoder import causal_lm, forward_hidden, logits
+from utils.model.families import Rope
 from utils.rows.segments import Segments
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -64,10 +65,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, encoder: ChatEncoder) -> None:
         self.model, self.encoder, self.tokenizer = model, encoder, encoder.tokenizer
-        config = causal_lm(model).config
-        # Attention over more than a sliding window (Mistral's first version) is not computed here.
-        window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-        self.context = min(config.max_position_embeddings, window) - learnt_prefix(model)[0].length
+        self.context = Rope.of(causal_lm(model).config.to_dict()).context - learnt_prefix(model)[0].length
         self.device = causal_lm(model).get_input_embeddings().weight.device
 
     def encode_chat(self, prompt: str, history: Sequence[Turn] = (), system: str = "") -> list[int]:

@@ -51,14 +51,14 @@ def grouped_model(tmp_path_factory) -> Path:
 def mistral_model(tmp_path_factory) -> Path:
     """As tiny_model, of Mistral's family."""
     folder = tmp_path_factory.mktemp("models") / "mistral"
-    return make_model(folder, seed=2, kv_heads=2, family="mistral", sliding_window=None, random_norms=True)
+    return make_model(folder, seed=2, kv_heads=2, family="mistral", sliding_window=None, random_vectors=True)
 
 
 @pytest.fixture(scope="session")
 def qwen3_model(tmp_path_factory) -> Path:
     """As tiny_model, of Qwen3's family: heads are wider than their share, and normalised."""
     folder = tmp_path_factory.mktemp("models") / "qwen3"
-    return make_model(folder, seed=3, kv_heads=2, family="qwen3", head_dim=32, random_norms=True)
+    return make_model(folder, seed=3, kv_heads=2, family="qwen3", head_dim=32, random_vectors=True)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from configs.messages import _
 from configs.training import TrainingConfig
 from ft_datasets.chat_encoder import ChatEncoder
 from ft_datasets.loading import Data, fingerprint, load_data
+from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.download.dataset import fetch_data
 from utils.machine.launch import was_restarted
@@ -21,6 +22,7 @@ from utils.planning.fits import check_memory
 from utils.planning.shape import Shape
 from utils.reports import run as report
 from utils.reports.loss_picture import draw_losses
+from utils.results.adapter_folder import origin_of_adapter
 from utils.results.saving import save_result
 from utils.runs.base_model import BaseIdentity
 from utils.runs.description import describe_run, template_for, write_training_config
@@ -38,8 +40,18 @@ MAY_DIFFER = ("model_name", "data_path", "num_workers_dataloader", "gpu_memory_g
 """Settings that may be different ones for each process of a run: what is read must be equal, wherever it lies."""
 
 
-def fine_tune(config: TrainingConfig, world: World, folder: ModelFolder, tokenizer: Tokenizer) -> None:
-    """Read the data, load the base model, put the adapter over it, train, save. Every process runs this."""
+def fine_tune(
+    config: TrainingConfig,
+    world: World,
+    folder: ModelFolder,
+    tokenizer: Tokenizer,
+    inherited: PromptTemplate | None = None,
+) -> None:
+    """Read the data, load the base model, put the adapter over it, train, save. Every process runs this.
+
+    Args:
+        inherited: the template of the adapter that the run starts from.
+    """
     say = report.speaker(world)
     check_processes_agree(config, world)
     with contextlib.ExitStack() as held:
@@ -48,9 +60,10 @@ def fine_tune(config: TrainingConfig, world: World, folder: ModelFolder, tokeniz
             check_shared(world, folder_of_all)
         if was_restarted(world):
             config = replace(config, resume="auto")  # --resume was about the first start
-        encoder = ChatEncoder(decide_on_main(world, lambda: template_for(config, tokenizer)), tokenizer)
+        encoder = ChatEncoder(decide_on_main(world, lambda: template_for(config, tokenizer, inherited)), tokenizer)
         data = read_data(config, world, encoder, say)
-        folder.check_length(data.longest)
+        if folder.depends_on_length(data.longest):
+            data = data.apart()
         start = find_where_to_start(config, world, folder, encoder, data)
         report.start_notes(start, Path(config.output_dir), say)
         if start.is_finished:
@@ -62,7 +75,10 @@ def fine_tune(config: TrainingConfig, world: World, folder: ModelFolder, tokeniz
         base = BaseIdentity(folder.fingerprint(), folder.digests, sha256.result())
         if start.checkpoint and not config.accept_changes:
             decide_on_main(world, lambda: check_same_base(start.checkpoint, base))
-        train(trainer, describe_run(config, encoder, base, data.origin), say)
+        description = describe_run(config, encoder, base, data.origin)
+        if config.from_adapter:
+            description["from_adapter"] = origin_of_adapter(config, is_new=not start.checkpoint)
+        train(trainer, description, say)
 
 
 def check_processes_agree(config: TrainingConfig, world: World) -> None:
@@ -117,7 +133,10 @@ def load_trainer(
 ) -> Trainer:
     """The model with what is trained of it, its step plan found, and the state of the run that it goes on from."""
     say(_("Loading {folder} …", folder=folder.path))
-    loss_module = load_trainable(config, setup, folder)
+    adapter = Path(config.from_adapter) if config.from_adapter and not start.checkpoint else None
+    if adapter:
+        say(_("Starting from the adapter in {folder} …", folder=adapter))
+    loss_module = load_trainable(config, setup, folder, adapter)
     if setup.world.device.type == "cuda":
         say(_("Finding the fastest micro-batch that fits (with compilation up to a minute) …"))
     optimizer = make_optimizer(trainable_parameters(loss_module.model).values(), config)

@@ -22,7 +22,8 @@ def make_model(
     dtype: str = "float32",
     family: str = "llama",
     head_dim: int = 16,
-    random_norms: bool = False,
+    random_vectors: bool = False,
+    positions: int = 512,
     **more,
 ) -> Path:
     """A small random model of Llama's kind with its tokenizer, as a hub repository would hold it."""
@@ -40,7 +41,7 @@ def make_model(
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
@@ -48,10 +49,10 @@ def make_model(
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # random, but with enough contrast that greedy answers differ from prompt to prompt
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(3)
-            elif "norm" in name and random_norms:
+            elif random_vectors:  # norms and biases
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     train_sentencepiece(TEXTS, folder, vocab_size=600)

@@ -29,28 +29,29 @@ def use_varlen_on_cpu(monkeypatch: pytest.MonkeyPatch, kernel: Kernel = FLASH) -
     monkeypatch.setattr(fused_layers, "varlen_kernel", chosen)
 
 
-def _scores(query, key, bounds, key_bounds, scale):
+def _scores(query, key, bounds, key_bounds, scale, window):
     """[heads, queries, keys]; the last key of a segment is the last query's."""
     queries, keys = torch.arange(len(query), dtype=torch.int32), torch.arange(len(key), dtype=torch.int32)
     of_query, of_key = (torch.searchsorted(b, x, right=True) for b, x in ((bounds, queries), (key_bounds, keys)))
     to_end = bounds[of_query] - queries, key_bounds[of_key] - keys
     mask = (of_query[:, None] == of_key) & (to_end[0][:, None] <= to_end[1])
+    mask &= to_end[1] - to_end[0][:, None] < (window or len(key))
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scale = query.shape[2] ** -0.5 if scale is None else scale
     return (torch.einsum("qhd,khd->hqk", query.float(), key.float()) * scale).masked_fill(~mask, -torch.inf), scale
 
 
-def _forward(query, key, value, bounds, key_bounds, scale):
-    scores, _scale = _scores(query, key, bounds, key_bounds, scale)
+def _forward(query, key, value, bounds, key_bounds, scale, window):
+    scores, _scale = _scores(query, key, bounds, key_bounds, scale, window)
     value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).float()
     output = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
     return output.to(query.dtype).contiguous(), scores.logsumexp(-1)
 
 
-def _backward(grad, query, key, value, output, log_sum_exp, bounds, key_bounds, scale):
+def _backward(grad, query, key, value, output, log_sum_exp, bounds, key_bounds, scale, window):
     """As Dao et al. 2022 have it, appendix B."""
     kv_heads, repeats = key.shape[1], query.shape[1] // key.shape[1]
-    scores, scale = _scores(query, key, bounds, key_bounds, scale)
+    scores, scale = _scores(query, key, bounds, key_bounds, scale, window)
     weights, grad = (scores - log_sum_exp[:, :, None]).exp(), grad.float()
     value = value.repeat_interleave(repeats, dim=1).float()
     grad_weights = torch.einsum("qhd,khd->hqk", grad, value)
@@ -68,12 +69,33 @@ def _check(query, key, bounds, key_bounds, longest, longest_of_keys, dropout):
     assert bounds.diff().max() <= longest and key_bounds.diff().max() <= longest_of_keys
 
 
+def _flash_window(is_causal, left, right):
+    """How many keys the masks of flash attention leave to a query; None = all before it."""
+    assert (left, right) == (None, None) if is_causal else (left >= 0 and right == 0)
+    return None if is_causal else left + 1
+
+
 def _flash_attention_forward(
-    query, key, value, bounds, key_bounds, longest, longest_of_keys, dropout, is_causal, debug, *, scale=None, **_more
+    query,
+    key,
+    value,
+    bounds,
+    key_bounds,
+    longest,
+    longest_of_keys,
+    dropout,
+    is_causal,
+    debug,
+    *,
+    scale=None,
+    window_size_left=None,
+    window_size_right=None,
+    **_more,
 ):
     _check(query, key, bounds, key_bounds, longest, longest_of_keys, dropout)
-    assert is_causal and not debug
-    output, log_sum_exp = _forward(query, key, value, bounds, key_bounds, scale)
+    assert not debug
+    window = _flash_window(is_causal, window_size_left, window_size_right)
+    output, log_sum_exp = _forward(query, key, value, bounds, key_bounds, scale, window)
     state = torch.empty(2, dtype=torch.uint64)
     return output, log_sum_exp, state, torch.empty((), dtype=torch.uint64), query.new_empty(0)
 
@@ -95,11 +117,13 @@ def _flash_attention_backward(
     _unused,
     *,
     scale=None,
+    window_size_left=None,
+    window_size_right=None,
     **_more,
 ):
     _check(query, key, bounds, key_bounds, longest, longest_of_keys, dropout)
-    assert is_causal
-    return _backward(grad, query, key, value, output, log_sum_exp, bounds, key_bounds, scale)
+    window = _flash_window(is_causal, window_size_left, window_size_right)
+    return _backward(grad, query, key, value, output, log_sum_exp, bounds, key_bounds, scale, window)
 
 
 def _efficient_attention_forward(
@@ -120,8 +144,9 @@ def _efficient_attention_forward(
 ):
     _check(query[0], key[0], bounds, key_bounds, longest, longest_of_keys, dropout)
     assert longest <= query.shape[1] and longest_of_keys <= key.shape[1]  # the card's operator refuses more
+    assert "window_size" not in _more  # the backward pass of torch 2.11 is wrong then
     assert (bias, mask_type, with_log_sums, key.shape[2]) == (None, CAUSAL_FROM_THE_END, True, query.shape[2])
-    output, log_sum_exp = _forward(query[0], key[0], value[0], bounds, key_bounds, scale)
+    output, log_sum_exp = _forward(query[0], key[0], value[0], bounds, key_bounds, scale, None)
     multiple = -(-longest // LOG_SUM_MULTIPLE) * LOG_SUM_MULTIPLE
     padded = log_sum_exp.new_full((len(bounds) - 1, len(log_sum_exp), multiple), torch.inf)
     for segment, (start, end) in enumerate(itertools.pairwise(bounds)):
@@ -158,5 +183,6 @@ def _efficient_attention_backward(
     assert padded.shape[2] >= longest and padded.shape[2] % LOG_SUM_MULTIPLE == 0
     log_sum_exp = torch.cat([sums[:, :length] for sums, length in zip(padded, lengths, strict=True)], dim=1)
     assert padded.isfinite().sum() == log_sum_exp.numel()
-    grads = _backward(grad[0], query[0], key[0], value[0], output[0], log_sum_exp, bounds, key_bounds, scale)
+    states = (grad[0], query[0], key[0], value[0], output[0])
+    grads = _backward(*states, log_sum_exp, bounds, key_bounds, scale, None)
     return *(each[None] for each in grads), query.new_empty(0)

@@ -221,13 +221,6 @@ def test_context_limits_the_answer_and_refuses_a_prompt_that_fills_it(monkeypatc
         engine.encode_chat("好" * 600)
 
 
-@pytest.mark.parametrize(("window", "context"), [(40, 40), (None, 512), (5000, 512)])
-def test_a_sliding_window_is_the_context(engine, monkeypatch, window, context):
-    """What lies before it is no longer seen by the model; to compute that is left out, so no answer goes on so far."""
-    monkeypatch.setattr(causal_lm(engine.model).config, "sliding_window", window, raising=False)
-    assert Engine(engine.model, engine.encoder).context == context
-
-
 def test_cancelling_ends_the_answer(engine):
     cancel, statistics = threading.Event(), Statistics()
     cancel.set()

@@ -33,9 +33,9 @@ def deep_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("models") / "deep", layers=6)
 
 
-def adapted_model(folder, targets, quantization=None, dtype=torch.float32):
+def adapted_model(folder, targets, quantization=None, dtype=torch.float32, **lora):
     """A model with an adapter whose B is not zero, so that A gets a gradient too."""
-    config = TrainingConfig(use_peft=True, lora_config=LoraConfig(r=4, lora_alpha=6, target_modules=targets))
+    config = TrainingConfig(use_peft=True, lora_config=LoraConfig(r=4, lora_alpha=6, target_modules=targets, **lora))
     model = add_adapter(load_base_model(ModelFolder(folder), dtype, [CPU], quantization), config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in trainable_parameters(model).items():
@@ -106,6 +106,10 @@ def test_outputs_and_gradients_are_the_plain_layers(request, folder_name, target
     check_equal(adapted_model(request.getfixturevalue(folder_name), targets))
 
 
+def test_the_scale_of_rslora_too(grouped_model):
+    check_equal(adapted_model(grouped_model, ["all-linear"], use_rslora=True))
+
+
 @pytest.mark.parametrize("kept_layers", [0, 1])
 @pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
 @pytest.mark.parametrize("folder_name", ["grouped_model", "qwen3_model"])
@@ -145,6 +149,8 @@ def test_biases_are_part_of_the_layers(grouped_model, tmp_path):
         ({"lora_config": LoraConfig(lora_dropout=0.1)}, torch.bfloat16, "lora_dropout 0"),
         ({"lora_config": LoraConfig(modules_to_save=["lm_head"])}, torch.bfloat16, ""),
         ({"lora_config": LoraConfig(modules_to_save=["norm"])}, torch.bfloat16, "norms"),
+        ({"lora_config": LoraConfig(use_dora=True)}, torch.bfloat16, "use_dora False"),
+        ({"lora_config": LoraConfig(use_rslora=True)}, torch.bfloat16, ""),
         ({"peft_method": "prefix"}, torch.bfloat16, "LoRA"),
         ({"use_peft": False}, torch.bfloat16, "LoRA"),
     ],

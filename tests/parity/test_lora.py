@@ -13,12 +13,14 @@ from utils.model.decoder import causal_lm, forward_hidden
 from utils.model.folder import ModelFolder
 from utils.model.fused_layers import FusedLayers
 from utils.model.lora_forward import add_before_rounding
+from utils.model.quantization import rounded_weight
 from utils.model.weights import load_base_model
 from utils.rows.segments import Segments
 from utils.training.trainable import load_trainable
 
 CPU = torch.device("cpu")
 LENGTH = 512
+KINDS = pytest.mark.parametrize("kind", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
 
 
 def adapted(folder, dtype=torch.float32, quantization=None, targets=("all-linear",), **lora):
@@ -53,14 +55,15 @@ def arriving_share(model, added, run_layer=None, refresh=lambda: None):
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about torch
 @pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
-def test_in_bf16_small_updates_arrive(grouped_model, quantization):
-    exact = adapted(grouped_model, torch.float32, quantization)
+@KINDS
+def test_in_bf16_small_updates_arrive(grouped_model, quantization, kind):
+    exact = adapted(grouped_model, torch.float32, quantization, **kind)
     with torch.no_grad():
         set_b(exact, 0.0)
         without = hidden_of(exact)
         set_b(exact, 1e-4)
         added = hidden_of(exact) - without
-    model = adapted(grouped_model, torch.bfloat16, quantization)
+    model = adapted(grouped_model, torch.bfloat16, quantization, **kind)
     assert arriving_share(model, added) < 0.6  # PEFT's own layers
     add_before_rounding(model)
     assert arriving_share(model, added) == pytest.approx(1.0, abs=0.15)
@@ -68,25 +71,52 @@ def test_in_bf16_small_updates_arrive(grouped_model, quantization):
         layer.compile(backend="aot_eager")
     assert arriving_share(model, added) == pytest.approx(1.0, abs=0.15)
     torch._dynamo.reset()
+    if "use_dora" in kind:  # the fused layers have none
+        return
     fused = FusedLayers(model, torch.bfloat16)
     assert arriving_share(model, added, fused, fused.refresh) == pytest.approx(1.0, abs=0.15)
 
 
+@KINDS
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "down_proj"]], ids="+".join)
 @pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
-def test_in_fp32_outputs_and_gradients_are_pefts(grouped_model, quantization, targets, dropout):
-    model = adapted(grouped_model, quantization=quantization, targets=targets, lora_dropout=dropout).train()
-    set_b(model, 0.05)
+def test_in_fp32_outputs_and_gradients_are_pefts(grouped_model, quantization, targets, dropout, kind):
+    model = adapted(grouped_model, quantization=quantization, targets=targets, lora_dropout=dropout, **kind).train()
+    set_b(model, 0.02 if "use_rslora" in kind else 0.05)
     expected, expected_gradients = outputs_and_gradients(model)
     add_before_rounding(model)
     hidden, gradients = outputs_and_gradients(model)
     check_equal((hidden, gradients), (expected, expected_gradients))
 
 
+@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+def test_dora_makes_rows_as_long_as_it_has_learnt(tiny_model, quantization):
+    """Against the paper's formula; before the first step nothing is changed."""
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["up_proj"], use_dora=True)
+    base = load_base_model(ModelFolder(tiny_model), torch.float32, [CPU], quantization)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    before = base.model.layers[1].mlp.up_proj(x)
+    model = add_adapter(base, TrainingConfig(use_peft=True, lora_config=config))
+    layer = causal_lm(model).model.layers[1].mlp.up_proj
+    torch.testing.assert_close(layer(x), before)
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    assert magnitude.requires_grad and magnitude.dtype == torch.float32
+    set_b(model, 0.05)
+    magnitude.data *= torch.linspace(0.5, 1.5, len(magnitude))
+    weight = dict(ModelFolder(tiny_model).tensors())["model.layers.1.mlp.up_proj.weight"]
+    weight = rounded_weight(weight, quantization) if quantization else weight
+    directed = weight + 6 / 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    expected = x @ (magnitude[:, None] * directed / directed.square().sum(1, keepdim=True).sqrt()).t()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    add_before_rounding(model)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch, about torch
-def test_compiled_layers_give_the_same(grouped_model):
-    model = adapted(grouped_model)
+@KINDS
+def test_compiled_layers_give_the_same(grouped_model, kind):
+    model = adapted(grouped_model, **kind)
     set_b(model, 0.05)
     expected, expected_gradients = outputs_and_gradients(model)
     add_before_rounding(model)

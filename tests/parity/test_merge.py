@@ -122,6 +122,8 @@ def random_adapter(folder, base, **settings):
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
+        elif "lora_magnitude_vector" in name:
+            parameter.data.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
         elif "modules_to_save" in name:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
     with warnings.catch_warnings():  # PEFT tells that it saves an adapted head's base weight too
@@ -142,18 +144,56 @@ def random_adapter(folder, base, **settings):
             "rank_pattern": {"o_proj": 9},
             "alpha_pattern": {"o_proj": 5},
         },
+        {"r": 4, "target_modules": ALL_LINEAR, "use_dora": True},
+        {"r": 4, "target_modules": ["v_proj"], "use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 9}},
         {"r": 4, "target_modules": r".*\.1\.self_attn\.[qkv]_proj"},
         {"r": 4, "target_modules": ["v_proj"], "layers_to_transform": [1]},
         {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["lm_head", "norm"]},
         {"r": 4, "target_modules": ["v_proj", "lm_head"]},
     ],
-    ids=["rank patterns", "alpha patterns", "rslora", "pattern of names", "some layers", "whole modules", "head"],
+    ids=[
+        "rank patterns",
+        "alpha patterns",
+        "rslora",
+        "dora",
+        "rslora and dora",
+        "pattern of names",
+        "some layers",
+        "whole modules",
+        "head",
+    ],
 )
 def test_adapters_of_every_shape_merge_as_peft_computes_them(tiny_model, tmp_path, settings):
     adapter = random_adapter(tmp_path / "adapter", tiny_model, **settings)
     do_merge(tiny_model, adapter, tmp_path / "merged")
     expected = model_logits(base_with_adapter(tiny_model, adapter))
     torch.testing.assert_close(merged_logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_weights_of_dora_are_those_of_pefts_merge(tiny_model, tmp_path):
+    adapter = random_adapter(tmp_path / "adapter", tiny_model, r=4, target_modules=ALL_LINEAR, use_dora=True)
+    do_merge(tiny_model, adapter, tmp_path / "merged")
+    expected = base_with_adapter(tiny_model, adapter).merge_and_unload().state_dict()
+    for name, tensor in ModelFolder(tmp_path / "merged").tensors():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", [{"use_rslora": True}, {"use_dora": True}], ids=str)
+@QUANTIZATIONS
+def test_what_a_run_trains_is_chatted_with_and_merged_alike(tiny_model, tmp_path, quantization, kind):
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **kind)
+    trainer = make_trainer(tiny_model, tmp_path / "adapter", quantization=quantization, lora_config=settings, lr=0.02)
+    train(trainer)
+    adapter = save_adapter(trainer)
+    expected = project_logits(trainer.model, SEQUENCE)
+    base = load_base_model(ModelFolder(tiny_model), torch.float32, [torch.device("cpu")], quantization)
+    chatted = project_logits(load_adapter(base, adapter, torch.float32), SEQUENCE)
+    torch.testing.assert_close(chatted, expected, rtol=1e-4, atol=1e-4)
+    do_merge(tiny_model, adapter, tmp_path / "merged", quantization=quantization)
+    torch.testing.assert_close(merged_logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
+    base = load_base_model(ModelFolder(tiny_model), torch.bfloat16, [torch.device("cpu")], quantization)
+    in_16_bits = project_logits(load_adapter(base, adapter, torch.bfloat16), SEQUENCE)
+    assert (in_16_bits - expected).norm() < 0.1 * expected.norm()
 
 
 def test_several_shards_hold_the_same_as_one(tiny_model, adapters, tmp_path):

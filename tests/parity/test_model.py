@@ -115,10 +115,10 @@ class PastOfMany:
     def __init__(self, capacity: int, sequences: int) -> None:
         self.caches = [KeyValueCache(capacity) for _sequence in range(sequences)]
 
-    def attend(self, query, key, value, segments, scale):
+    def attend(self, query, key, value, segments, scale, window):
         pieces = zip(*(x.split(segments.lengths) for x in (query, key, value)), strict=True)
         outputs = [
-            cache.attend(*piece, Segments.of([len(piece[0])], CPU), scale)
+            cache.attend(*piece, Segments.of([len(piece[0])], CPU), scale, window)
             for cache, piece in zip(self.caches, pieces, strict=True)
         ]
         return torch.cat(outputs)

@@ -258,12 +258,13 @@ def test_an_adapted_layer_is_w_x_plus_alpha_over_r_b_a_x(tiny_model, tmp_path, q
     assert all(parameter.dtype == torch.float32 for parameter in trainer.parameters.values())
 
 
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True, "use_rslora": True}], ids=str)
 @pytest.mark.parametrize("quantization", [None, "8bit"])
-def test_a_run_with_dropout_goes_on_from_a_checkpoint_as_if_never_stopped(tiny_model, tmp_path, quantization):
+def test_a_run_with_dropout_goes_on_from_a_checkpoint_as_if_never_stopped(tiny_model, tmp_path, quantization, kind):
     def settings(dropout: float) -> dict:
         return {
             "quantization": quantization,
-            "lora_config": LoraConfig(lora_dropout=dropout),
+            "lora_config": LoraConfig(lora_dropout=dropout, **kind),
             "batch_size_training": 4,
             "max_steps": 6,
             "lr": RATE,

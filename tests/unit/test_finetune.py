@@ -20,7 +20,6 @@ STAGES = (
     "utils.finetune.was_restarted",
     "utils.finetune.fetch_data",
     "utils.finetune.load_data",
-    "utils.model.folder.ModelFolder.check_length",
     "utils.finetune.find_start",
     "utils.training.setup.Setup.of",
     "utils.finetune.check_memory",
@@ -48,7 +47,6 @@ BEFORE_THE_MODEL = [
     "was_restarted",
     "fetch_data",
     "load_data",
-    "check_length",
     "check_ranks_agree",  # data and base model
     "find_start",
 ]

@@ -14,6 +14,7 @@ from configs.results import ConverterConfig, MergeConfig
 from configs.serving import ApiConfig, ChatConfig
 from configs.training import TrainingConfig
 from scripts import quickstart
+from utils.model.families import FAMILIES
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 BOTH = pytest.mark.parametrize("readme", [ENGLISH, CHINESE])
@@ -121,6 +122,13 @@ def test_links_lead_somewhere(readme):
     named = re.findall(r"`((?:ft_datasets|docs|configs|utils|inference)/[^` ]+)`", text)
     assert len(links) >= 3
     assert not [path for path in [*links, *named, *COMMANDS] if not (ROOT / path).exists()]
+
+
+@BOTH
+def test_the_families_of_models_are_those_of_the_code(readme):
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (\S+) \|$", text_of(readme), re.MULTILINE)
+    named = {name: (known_by, fast in ("yes", "有")) for name, known_by, fast in rows}
+    assert named == {name: (family.known_by, family.has_fast_layers) for name, family in FAMILIES.items()}
 
 
 @BOTH

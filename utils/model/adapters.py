@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +10,23 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.messages import _
-from configs.peft import ALL_LINEAR
+from configs.peft import ALL_LINEAR, LoraConfig
 from configs.training import TrainingConfig
+from utils.files import read_json
 from utils.model.attention import NO_PAST, NoPast, Prefix
 from utils.model.decoder import causal_lm
 from utils.model.families import FAMILIES
+from utils.model.folder import ADAPTER_CONFIG
+from utils.model.lora_forward import row_lengths
+from utils.model.quantization import QuantizedLinear
+from utils.model.tensor_files import open_tensors
+
+LORA_SETTINGS = frozenset("r lora_alpha use_rslora use_dora target_modules modules_to_save lora_dropout".split())
+"""Settings of a LoRA that a run has as PEFT does."""
+WITHOUT_EFFECT = frozenset(
+    "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision task_type".split()
+)
+"""PEFT's settings that say nothing about what an adapter computes."""
 
 
 def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
@@ -37,6 +50,8 @@ def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
             r=settings.r,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
             target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
             modules_to_save=settings.modules_to_save or None,
             task_type="CAUSAL_LM",
@@ -73,6 +88,8 @@ def add_adapter(model: nn.Module, config: TrainingConfig) -> nn.Module:
 def _draw_lora(adapted: nn.Module, seed: int) -> None:
     """Draw LoRA's first weights by PEFT's default rule (Kaiming-uniform A, B = 0), in the order of the layers.
 
+    DoRA's magnitudes are the lengths of the base's rows, in fp32: PEFT's have the base's own, narrower type.
+
     On the CPU, so that they are the same wherever the base lies; and where the base has no weights yet, the adapter,
     which PEFT leaves without any as well, has them from here on, on the CPU.
     """
@@ -84,6 +101,9 @@ def _draw_lora(adapted: nn.Module, seed: int) -> None:
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
         device = torch.device("cpu") if parameter.is_meta else parameter.device
+        if ".lora_magnitude_vector." in name and not parameter.is_meta:
+            base = adapted.get_submodule(name.partition(".lora_magnitude_vector.")[0]).get_base_layer()
+            first = row_lengths(base.dequantize() if isinstance(base, QuantizedLinear) else base.weight)
         owner, _dot, leaf = name.rpartition(".")
         setattr(adapted.get_submodule(owner), leaf, nn.Parameter(first.to(device)))
 
@@ -126,6 +146,86 @@ def _check_modules_to_save(model: nn.Module, names: list[str]) -> None:
                 names=",".join(tied),
             )
         )
+
+
+def stored_lora(folder: Path) -> LoraConfig:
+    """The settings that make a saved LoRA adapter what it is; what is only of its training is as by default.
+
+    Raises:
+        UserError: it is another kind of adapter, or has settings that a run can't have.
+    """
+    import peft
+
+    stored, usual = read_json(folder / ADAPTER_CONFIG), peft.LoraConfig().to_dict()
+    others = {name: stored[name] for name in sorted(stored.keys() - LORA_SETTINGS - WITHOUT_EFFECT)}
+    changed = {name: value for name, value in others.items() if value != usual.get(name) and value != "gaussian"}
+    if stored.get("peft_type") != "LORA":
+        changed = {"peft_type": stored.get("peft_type")}
+    elif not isinstance(stored["target_modules"], list):  # a pattern
+        changed = {"target_modules": stored["target_modules"]}
+    if changed:
+        setting, value = next(iter(changed.items()))
+        raise UserError(
+            _(
+                "--from_adapter {folder}: no run can start from an adapter with {setting} {value}, only from a LoRA "
+                "such as a run here makes. (What can be merged into its base model can be trained over instead.)",
+                folder=folder,
+                setting=setting,
+                value=value,
+            )
+        )
+    return LoraConfig(
+        r=stored["r"],
+        lora_alpha=stored["lora_alpha"],
+        use_rslora=bool(stored.get("use_rslora")),
+        use_dora=bool(stored.get("use_dora")),
+        target_modules=sorted(stored["target_modules"]),
+        modules_to_save=sorted(stored.get("modules_to_save") or []),
+    )
+
+
+def take_weights(model: nn.Module, folder: Path) -> None:
+    """Put a saved adapter's weights in the places of a model's trainable ones; PEFT's own loading passes over some.
+
+    Raises:
+        UserError: they are not the same ones, or of other shapes.
+    """
+    with open_tensors(adapter_file(folder)) as tensors:
+        stored = {name: tensors.get_tensor(name) for name in list(tensors.keys())}
+    places = {_stored_name(name): name for name in trainable_parameters(model)}
+    for name, tensor in stored.items():
+        place = places.pop(name, None)
+        parameter = model.get_parameter(place) if place else None
+        if place is None or parameter.shape != tensor.shape:
+            raise _does_not_fit(folder, name)
+        device = torch.device("cpu") if parameter.is_meta else parameter.device
+        owner, _dot, leaf = place.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, torch.float32)))
+    if places:
+        raise _does_not_fit(folder, next(iter(places)))
+
+
+def _stored_name(name: str) -> str:
+    """The name under which PEFT saves a trainable parameter of an adapted model."""
+    name = name.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
+    return name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
+
+
+def _does_not_fit(folder: Path, name: str) -> UserError:
+    return UserError(
+        _(
+            "--from_adapter {folder}: {name} is not in both, the adapter and what is to be trained, or has another "
+            "shape. Give the base model that the adapter was trained on.",
+            folder=folder,
+            name=name,
+        )
+    )
+
+
+def adapter_file(folder: Path) -> Path:
+    """The file of an adapter's weights; an earlier PEFT wrote .bin."""
+    file = folder / "adapter_model.safetensors"
+    return file if file.is_file() else folder / "adapter_model.bin"
 
 
 def make_trainable(model: nn.Module, config: TrainingConfig) -> nn.Module:

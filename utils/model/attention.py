@@ -22,7 +22,13 @@ class Past(Protocol):
     """What stands before the segments of a row in one of the decoder's layers, and so how their tokens attend."""
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: Segments,
+        scale: float | None,
+        window: int | None,
     ) -> torch.Tensor:
         """Causal attention within each segment, after what stands before it.
 
@@ -30,6 +36,7 @@ class Past(Protocol):
             query: of the row's tokens, [length, heads, head_dim]; key and value have kv_heads in place of heads.
             segments: where the row's examples or sequences lie.
             scale: of the scores; None = 1 / sqrt(head_dim).
+            window: how many keys a query attends to at most, its own among them; None = all before it.
 
         Returns:
             The heads' outputs, in query's shape.
@@ -43,12 +50,18 @@ class NoPast:
     length = 0
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: Segments,
+        scale: float | None,
+        window: int | None,
     ) -> torch.Tensor:
         """See Past."""
         if varlen_kernel(query.device, query.dtype):
-            return _Attention.apply(query, key, value, segments, scale)
-        return attend_one_by_one(query, key, value, segments, scale)
+            return _Attention.apply(query, key, value, segments, scale, window)
+        return attend_one_by_one(query, key, value, segments, scale, window)
 
 
 NO_PAST = NoPast()
@@ -61,11 +74,17 @@ class Prefix:
         self.key, self.value, self.length = key, value, len(key)
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: Segments,
+        scale: float | None,
+        window: int | None,
     ) -> torch.Tensor:
         """See Past."""
         key, value = torch.cat((self.key.to(key), key)), torch.cat((self.value.to(value), value))
-        return attend_one_by_one(query, key, value, segments, scale, self.length)
+        return attend_one_by_one(query, key, value, segments, scale, window, self.length)
 
 
 def attend_one_by_one(
@@ -74,6 +93,7 @@ def attend_one_by_one(
     value: torch.Tensor,
     segments: Segments,
     scale: float | None,
+    window: int | None,
     past_length: int = 0,
 ) -> torch.Tensor:
     """Causal attention within each segment, one after another, on any device and in any dtype.
@@ -85,7 +105,7 @@ def attend_one_by_one(
     """
     if segments.contexts:
         key, value = (_in_contexts(x, segments.contexts, past_length) for x in (key, value))
-    return one_by_one(query, key, value, segments, scale, past_length)
+    return one_by_one(query, key, value, segments, scale, window, past_length)
 
 
 def _in_contexts(states: torch.Tensor, contexts: Contexts, past_length: int) -> torch.Tensor:
@@ -107,28 +127,36 @@ def packed_attention(
     *,
     segments: Segments,
     past: Past = NO_PAST,
+    sliding_window: int | None = None,
     **_kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers' layers call it, with the `segments` and `past` that `forward_hidden` gives to them.
 
     Args:
         query: [1, heads, length, head_dim]; key and value have kv_heads in place of heads.
+        sliding_window: the layer's; None = it has none. See Past.attend.
 
     Returns:
         [1, length, heads, head_dim], and None in the place of attention weights.
     """
     # Over fp32 weights under autocast, queries and keys come in fp32 from their rotation; values don't.
     query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    return past.attend(query, key, value, segments, scaling)[None], None
+    return past.attend(query, key, value, segments, scaling, sliding_window)[None], None
 
 
 def attention_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float | None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Causal attention within each segment, for a backward pass that is called by hand.
 
     Args:
         query: [length, heads, head_dim]; key and value have kv_heads in place of heads.
+        window: see Past.attend.
 
     Returns:
         The output, in query's shape, and a tensor for `attention_backward`, see Kernel.
@@ -136,7 +164,7 @@ def attention_forward(
     if segments.contexts:
         key, value = key[segments.contexts.tokens], value[segments.contexts.tokens]
     kernel = varlen_kernel(query.device, query.dtype) or ONE_BY_ONE
-    return kernel.forward(query, key, value, segments, scale)
+    return kernel.forward(query, key, value, segments, scale, window)
 
 
 def attention_backward(
@@ -148,6 +176,7 @@ def attention_backward(
     log_sum_exp: torch.Tensor,
     segments: Segments,
     scale: float | None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of query, key and value; see `attention_forward`."""
     if segments.contexts:
@@ -157,7 +186,7 @@ def attention_backward(
         key, value = key[tokens], value[tokens]
     kernel = varlen_kernel(query.device, query.dtype) or ONE_BY_ONE
     grad_query, grad_key, grad_value = kernel.backward(
-        grad_output, query, key, value, output, log_sum_exp, segments, scale
+        grad_output, query, key, value, output, log_sum_exp, segments, scale, window
     )
     if segments.contexts:
         grad_key, grad_value = segments.contexts.add_up(grad_key), segments.contexts.add_up(grad_value)
@@ -175,16 +204,18 @@ class _Attention(torch.autograd.Function):
         value: torch.Tensor,
         segments: Segments,
         scale: float | None,
+        window: int | None,
     ) -> torch.Tensor:
-        output, log_sum_exp = attention_forward(query, key, value, segments, scale)
+        output, log_sum_exp = attention_forward(query, key, value, segments, scale, window)
         ctx.save_for_backward(query, key, value, output, log_sum_exp)
-        ctx.segments, ctx.scale = segments, scale
+        ctx.segments, ctx.scale, ctx.window = segments, scale, window
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_output,) = grad_outputs
-        return *attention_backward(grad_output, *ctx.saved_tensors, ctx.segments, ctx.scale), None, None
+        grads = attention_backward(grad_output, *ctx.saved_tensors, ctx.segments, ctx.scale, ctx.window)
+        return *grads, None, None, None
 
 
 class _GatherContexts(torch.autograd.Function):

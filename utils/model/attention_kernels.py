@@ -1,6 +1,7 @@
 """torch's kernels for attention within the segments of a row, forward and backward, behind one interface.
 
 All are causal: the last query of a segment attends to all of the segment's context, the one before to all but the last.
+Where there is a window, a query attends to so many of them, the last of which is its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +27,10 @@ class Kernel(NamedTuple):
     [places, kv_heads, head_dim].
 
     Attributes:
-        forward: (query, key, value, segments, scale) -> output, in query's shape, and the softmax's logarithmic sums,
-            [heads, length], or [0, length] where `backward` does without.
-        backward: (grad_output, query, key, value, output, log_sum_exp, segments, scale) -> gradients of query, key and
-            value.
+        forward: (query, key, value, segments, scale, window) -> output, in query's shape, and the softmax's logarithmic
+            sums, [heads, length], or [0, length] where `backward` does without.
+        backward: (grad_output, query, key, value, output, log_sum_exp, segments, scale, window) -> gradients of query,
+            key and value.
     """
 
     forward: Callable[..., Tensors]
@@ -47,13 +48,23 @@ def varlen_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
 
 
 def _flash_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float | None,
+    window: int | None,
 ) -> Tensors:
     # torch's own operator beneath varlen_attn, which costs a tenth of a millisecond of Python a call.
     output, log_sum_exp, *_unused = torch.ops.aten._flash_attention_forward(
-        query, key, value, *segments.for_varlen, 0.0, True, False, scale=scale
+        query, key, value, *segments.for_varlen, 0.0, window is None, False, scale=scale, **_flash_window(window)
     )
     return output, log_sum_exp
+
+
+def _flash_window(window: int | None) -> dict[str, int]:
+    """Flash attention's arguments for a window; with them its causal mask is left out, as torch's varlen_attn does."""
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
 def _flash_backward(
@@ -65,6 +76,7 @@ def _flash_backward(
     log_sum_exp: torch.Tensor,
     segments: Segments,
     scale: float | None,
+    window: int | None,
 ) -> Tensors:
     dropout_state = torch.empty(2, dtype=torch.uint64, device=query.device)
     return torch.ops.aten._flash_attention_backward(
@@ -76,10 +88,11 @@ def _flash_backward(
         log_sum_exp,
         *segments.for_varlen,
         0.0,
-        True,
+        window is None,
         dropout_state,
         dropout_state,
         scale=scale,
+        **_flash_window(window),
     )
 
 
@@ -178,8 +191,15 @@ def _efficient_attention_backward_shapes(
 
 
 def _efficient_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float | None,
+    window: int | None,
 ) -> Tensors:
+    if _cuts(window, segments):
+        return ONE_BY_ONE.forward(query, key, value, segments, scale, window)
     bounds, key_bounds, longest, _longest = segments.for_varlen
     return _efficient_attention(query, key, value, bounds, key_bounds, longest, scale)
 
@@ -193,11 +213,19 @@ def _efficient_backward(
     log_sum_exp: torch.Tensor,
     segments: Segments,
     scale: float | None,
+    window: int | None,
 ) -> Tensors:
+    if _cuts(window, segments):
+        return ONE_BY_ONE.backward(grad_output, query, key, value, output, log_sum_exp, segments, scale, window)
     bounds, key_bounds, longest, _longest = segments.for_varlen
     return _efficient_attention_backward(
         grad_output, query, key, value, output, log_sum_exp, bounds, key_bounds, longest, scale
     )
+
+
+def _cuts(window: int | None, segments: Segments) -> bool:
+    """Whether a window leaves anything out. (torch's operator takes one, but its backward pass is wrong then: 2.11.)"""
+    return window is not None and window < segments.longest
 
 
 EFFICIENT = Kernel(_efficient_forward, _efficient_backward)
@@ -218,9 +246,14 @@ def _places(cumulative: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.
 
 
 def _each_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float | None,
+    window: int | None,
 ) -> Tensors:
-    return one_by_one(query, key, value, segments, scale), query.new_empty(0, query.shape[0])
+    return one_by_one(query, key, value, segments, scale, window), query.new_empty(0, query.shape[0])
 
 
 def _each_backward(
@@ -232,10 +265,11 @@ def _each_backward(
     _log_sum_exp: torch.Tensor,
     segments: Segments,
     scale: float | None,
+    window: int | None,
 ) -> Tensors:
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        attended, _none = _each_forward(*inputs, segments, scale)
+        attended, _none = _each_forward(*inputs, segments, scale, window)
         return torch.autograd.grad(attended, inputs, grad_output)
 
 
@@ -250,6 +284,7 @@ def one_by_one(
     value: torch.Tensor,
     segments: Segments,
     scale: float | None,
+    window: int | None = None,
     past_length: int = 0,
 ) -> torch.Tensor:
     """Causal attention of each segment to its context, after `past_length` positions that all of them attend to.
@@ -257,10 +292,11 @@ def one_by_one(
     Args:
         query: [length, heads, head_dim].
         key: of the past positions, then of the contexts, [past_length + places, kv_heads, head_dim]; value likewise.
+        window: how many keys a query attends to at most, its own among them; None = all before it.
     """
     query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
     if len(segments.lengths) == 1 and not torch.is_grad_enabled():  # an answer's next token: no time to split and join
-        return _attend(query, key, value, scale)[0].transpose(0, 1)
+        return _attend(query, key, value, scale, window)[0].transpose(0, 1)
     context_lengths = segments.contexts.lengths if segments.contexts else segments.lengths
 
     def of_each(states: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -269,13 +305,20 @@ def one_by_one(
         return [torch.cat((past, part), dim=2) for part in own] if past_length else own
 
     parts = zip(query.split(segments.lengths, dim=2), of_each(key), of_each(value), strict=True)
-    return torch.cat([_attend(*part, scale) for part in parts], dim=2)[0].transpose(0, 1)
+    return torch.cat([_attend(*part, scale, window) for part in parts], dim=2)[0].transpose(0, 1)
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int | None
+) -> torch.Tensor:
     """Causal attention of a segment to its context, which ends with the segment; [1, heads, length, head_dim]."""
     length, before, mask = query.shape[2], key.shape[2] - query.shape[2], None
-    if before and length > 1:
+    if window is not None and before >= window:  # not even the first query reaches back so far
+        before = window - 1
+        key, value = (x[:, :, -(before + length) :] for x in (key, value))
+    is_windowed = window is not None and before + length > window
+    if length > 1 and (before or is_windowed):
         mask = torch.ones(length, before + length, dtype=torch.bool, device=query.device).tril(before)
-    is_causal, grouped = before == 0 and length > 1, query.shape[1] != key.shape[1]
+        mask = mask.triu(before + 1 - window) if is_windowed else mask
+    is_causal, grouped = mask is None and length > 1, query.shape[1] != key.shape[1]
     return scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from utils.model.activations import Activations, Kept, Recomputed
 from utils.model.attention import NO_PAST, Past
+from utils.model.families import Rope
 from utils.rows.segments import Segments
 
 RunLayer = Callable[..., torch.Tensor]
@@ -67,7 +69,7 @@ def forward_hidden(
     arguments: dict[str, Any] = {
         "attention_mask": None,
         "position_ids": position_ids.unsqueeze(0),
-        "position_embeddings": decoder.rotary_emb(hidden, position_ids.unsqueeze(0)),
+        "position_embeddings": _position_embeddings(decoder.rotary_emb, hidden, position_ids, segments),
         "segments": segments,
     }
     pasts = pasts or [NO_PAST for _layer in decoder.layers]
@@ -81,6 +83,28 @@ def forward_hidden(
             arguments["segments"] = segments.to(device)
         hidden = (run_layer or run_plain)(layer, hidden, place, past=past, **arguments)
     return decoder.norm(hidden).squeeze(0)
+
+
+def _position_embeddings(
+    rotary: nn.Module, hidden: torch.Tensor, position_ids: torch.Tensor, segments: Segments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of a row's angles, [1, length, head_dim], as transformers' module has them of each text alone.
+
+    (Where angles depend on a text's length, the module takes the longest of all that it is given, or was given before.)
+    """
+    if rotary.rope_type not in ("dynamic", "longrope"):
+        return rotary(hidden, position_ids.unsqueeze(0))
+    config, by_length = rotary.config, ROPE_INIT_FUNCTIONS[rotary.rope_type]
+    unscaled = Rope.of(config.to_dict()).unscaled_length
+    frequencies = []
+    for length in position_ids[segments.cumulative[1:].long() - 1] + 1:  # of each text, so far
+        scaled, _factor = by_length(config, hidden.device, seq_len=length)
+        frequencies.append(torch.where(length > unscaled, scaled, rotary.original_inv_freq))
+    of_tokens = torch.repeat_interleave(
+        torch.stack(frequencies), segments.cumulative.diff(), dim=0, output_size=len(position_ids)
+    )
+    angles = (position_ids[:, None].float() * of_tokens).repeat(1, 2)[None]
+    return tuple((function() * rotary.attention_scaling).to(hidden.dtype) for function in (angles.cos, angles.sin))
 
 
 def logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ torch is imported when a tensor is read, and not before: a folder that is wrong 
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from configs.messages import _
 from utils.download.manifest import unfinished_files
 from utils.files import read_json
 from utils.model.digests import fingerprint_of, sampled_digest, whole_digest
-from utils.model.families import FAMILIES
+from utils.model.families import FAMILIES, ROPE_KINDS, Rope, not_computed
 from utils.model.tensor_files import is_whole, open_tensors, tensor_names
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -82,7 +83,26 @@ class ModelFolder:
                     folder=path,
                 )
             )
+        if found := not_computed(config):
+            key, value = found
+            raise UserError(
+                _(
+                    "{folder}: its config.json says {key}: {value}, which is not computed here. Take another model. "
+                    "(Rotary embeddings are computed of the kinds {kinds}, with the numbers that each kind needs, over "
+                    "whole heads and for all layers alike; layers attend to everything before a token or to a sliding "
+                    "window.)",
+                    folder=path,
+                    key=key,
+                    value=json.dumps(value),
+                    kinds=", ".join(ROPE_KINDS),
+                )
+            )
         return config
+
+    def depends_on_length(self, tokens: int) -> bool:
+        """Whether the angles of a text of so many tokens are others than those of a shorter one that begins alike."""
+        unscaled = Rope.of(self.config).unscaled_length
+        return unscaled is not None and tokens > unscaled
 
     def _find_tensors(self) -> dict[str, Path]:
         """Tensor name -> the file that holds it; safetensors are preferred to .bin."""
@@ -151,27 +171,6 @@ class ModelFolder:
                     "--num_freeze_layers {count}: the model has {layers} layers, so nothing would be left to train.",
                     count=count,
                     layers=layers,
-                )
-            )
-
-    def check_length(self, tokens: int) -> None:
-        """Refuse examples of so many tokens, where the model's attention reaches back less far.
-
-        Raises:
-            UserError: it was trained with a sliding window (Mistral), which is not computed here.
-        """
-        from transformers import AutoConfig
-
-        # transformers knows whether the setting is used, and what it is where config.json says nothing.
-        window = getattr(AutoConfig.from_pretrained(self.path), "sliding_window", None)
-        if window and tokens > window:
-            raise UserError(
-                _(
-                    "{folder}: this model's attention reaches back {window} tokens (sliding_window), and the longest "
-                    "example has {tokens}. Train on shorter ones: --max_seq_length {window}",
-                    folder=self.path,
-                    window=window,
-                    tokens=tokens,
                 )
             )
 

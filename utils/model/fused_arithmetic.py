@@ -31,6 +31,7 @@ class LayerShape:
     head_dim: int
     epsilon: float
     softmax_scale: float
+    window: int | None = None
 
 
 class Linear(NamedTuple):
@@ -124,7 +125,9 @@ def forward(
     query, key, value = (output.unflatten(1, (-1, shape.head_dim)) for output in outputs)
     placed_query = _place(query, weights.query_norm, row, shape)
     placed_key = _place(key, weights.key_norm, row, shape)
-    attention, log_sum_exp = attention_forward(placed_query, placed_key, value, row.segments, shape.softmax_scale)
+    attention, log_sum_exp = attention_forward(
+        placed_query, placed_key, value, row.segments, shape.softmax_scale, shape.window
+    )
     if weights.query_norm is None:
         query, key = placed_query, placed_key
     (attended,), narrow_output = _linear(attention.flatten(1), weights.output)
@@ -181,6 +184,7 @@ def backward(
         saved.log_sum_exp,
         row.segments,
         shape.softmax_scale,
+        shape.window,
     )
     grad_query = _place_backward(grad_query, saved.query, weights.query_norm, row, shape)
     grad_key = _place_backward(grad_key, saved.key, weights.key_norm, row, shape)

@@ -38,6 +38,8 @@ def why_plain(config: TrainingConfig, model: dict[str, Any], device: torch.devic
         return _("it is for LoRA over frozen weights")
     if config.lora_config.lora_dropout:
         return _("it has no dropout (--lora_config.lora_dropout 0)")
+    if config.lora_config.use_dora:
+        return _("it has no DoRA (--lora_config.use_dora False)")
     if not {*config.lora_config.modules_to_save} <= {"embed_tokens", "lm_head"}:
         return _("it does not train norms (--lora_config.modules_to_save)")
     if config.enable_fsdp:
@@ -98,6 +100,7 @@ class FusedLayers:
 
     Attributes:
         weights: what the arithmetic reads of each layer.
+        shapes: the numbers that it takes beside them.
         adapters: each layer's trained parameters, in the order of their gradients.
         kept_bytes: what a layer keeps of a token for its backward pass, tensor by tensor, but for a few narrow ones.
         functions: both passes of a layer.
@@ -106,6 +109,7 @@ class FusedLayers:
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.weights: dict[nn.Module, LayerWeights] = {}
+        self.shapes: dict[nn.Module, LayerShape] = {}
         self.adapters: dict[nn.Module, list[nn.Parameter]] = {}
         self._copies: list[AdapterCopy] = []
         layers = causal_lm(model).model.layers
@@ -115,8 +119,9 @@ class FusedLayers:
             copies = [copy for _group, copies in groups for copy in copies]
             self.adapters[layer] = [copy.parameter for copy in copies]
             self._copies += copies
+            epsilon, attention = layer.input_layernorm.variance_epsilon, layer.self_attn
+            self.shapes[layer] = LayerShape(attention.head_dim, epsilon, attention.scaling, _window(attention))
         attention, mlp = layers[0].self_attn, layers[0].mlp
-        self.shape = LayerShape(attention.head_dim, layers[0].input_layernorm.variance_epsilon, attention.scaling)
         linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj)
         widths = [*(linear.out_features for linear in linears), attention.o_proj.in_features]
         self.kept_bytes = [width * dtype.itemsize for width in widths]
@@ -144,7 +149,7 @@ class FusedLayers:
         """See run_plain."""
         cos, sin = position_embeddings
         row = Row(cos[0], sin[0], segments)
-        call = _Call(self.functions, self.shape, self.weights[layer], row, activations, torch.is_grad_enabled())
+        call = _Call(self.functions, self.shapes[layer], self.weights[layer], row, activations, torch.is_grad_enabled())
         # A trained embedding gives fp32.
         return _FusedLayer.apply(hidden[0].to(self.dtype), call, *self.adapters[layer]).unsqueeze(0)
 
@@ -158,6 +163,12 @@ def _linears_by_input(layer: nn.Module) -> list[tuple[nn.Module, ...]]:
         (mlp.gate_proj, mlp.up_proj),
         (mlp.down_proj,),
     ]
+
+
+def _window(attention: nn.Module) -> int | None:
+    """The sliding window that a layer's attention module hands on to its kernel; None = it has none."""
+    has_one = FAMILIES[attention.config.model_type].one_window
+    return attention.config.sliding_window if has_one else getattr(attention, "sliding_window", None)
 
 
 def _norm_weights(layer: nn.Module) -> list[torch.Tensor | None]:

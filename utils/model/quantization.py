@@ -83,6 +83,11 @@ class QuantizedLinear(nn.Linear):
         self.compute_dtype = compute_dtype
         self.weight, self.bias = nn.Parameter(self.empty_storage(), requires_grad=False), linear.bias
 
+    @property
+    def W_q(self) -> torch.Tensor:
+        """The stored weight, under the name by which PEFT knows that `dequantize` gives the weight that DoRA needs."""
+        return self.weight
+
     def empty_storage(self) -> torch.Tensor:
         """The weight's place before it is filled, on the meta device, in the shape and dtype that it is stored in."""
         raise NotImplementedError

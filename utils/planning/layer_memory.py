@@ -46,6 +46,8 @@ def plain(layout: Layout) -> LayerMemory:
     # A weight beside its B, or its gradient. NF4 comes out in the compute dtype before; int8 times its fp32 scale is
     # fp32 before it is rounded.
     weights = {None: c, "4bit": 2 * c, "8bit": 4 + c}[layout.quantization]
+    if layout.trained.has_magnitudes:  # before that, in fp32, twice, for the lengths of its rows
+        weights = max(weights, c + 8)
     largest = max(a * b for a, b in shape.linears().values())
     return LayerMemory(norms + attention + mlp + inputs, h * stream, temporary, weights * largest)
 
@@ -67,11 +69,15 @@ def compiled_plain(layout: Layout) -> LayerMemory:
 def _inputs(layout: Layout, is_copied: bool) -> float:
     """Bytes a token of what linear layers keep of their inputs for their own gradients or their adapters'.
 
+    DoRA's keep what they give, too, for their magnitudes' gradients.
+
     Args:
         is_copied: layers that read the same input have a copy each.
     """
     trained, shape, c = layout.trained, layout.shape, layout.compute_bytes
     narrow = c * trained.rank * len(trained.lora)
+    if trained.has_magnitudes:
+        narrow += c * sum(shape.linears()[name][1] for name in trained.lora)
     if trained.has_dropout:  # what is left of each input, and which
         linears = shape.linears().items()
         return narrow + (c + 1) * sum(width for name, (width, _out) in linears if name in trained.modules)

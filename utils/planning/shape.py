@@ -91,6 +91,7 @@ class Trained:
         lora: the linear layers of a decoder layer that have a LoRA.
         rank: of those LoRAs.
         has_dropout: whether dropout goes over their inputs.
+        has_magnitudes: whether they learn the lengths of rows as well (DoRA).
         frozen_layers: decoder layers that a full fine-tuning leaves as they are, with the embedding; None = it trains
             all.
     """
@@ -101,6 +102,7 @@ class Trained:
     lora: tuple[str, ...] = ()
     rank: int = 0
     has_dropout: bool = False
+    has_magnitudes: bool = False
     frozen_layers: int | None = None
 
     @classmethod
@@ -134,9 +136,10 @@ class Trained:
             "post_attention_layernorm": norm,
         }
         count = shape.layers * settings.r * sum(sum(linears[name]) for name in targets)
+        count += shape.layers * settings.use_dora * sum(linears[name][1] for name in targets)  # magnitudes
         count += sum(whole.get(name, 0) for name in settings.modules_to_save)
         modules = frozenset({*targets, *settings.modules_to_save})
-        return cls(True, count, modules, targets, settings.r, bool(settings.lora_dropout))
+        return cls(True, count, modules, targets, settings.r, bool(settings.lora_dropout), settings.use_dora)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ def print_plan(config: TrainingConfig, folder: ModelFolder, data: Data) -> None:
     """Print the plan of a run with these settings on this machine: one process, or with FSDP one for each card.
 
     Raises:
-        UserError: no such run can be (see check_length, Setup).
+        UserError: no such run can be (see Setup).
     """
-    folder.check_length(data.longest)
+    data = data.apart() if folder.depends_on_length(data.longest) else data
     shape, world = Shape.of(folder.config), world_of_a_run(config.enable_fsdp, config.one_gpu)
     batch = config.batch_size_training * world.size
     schedule = Schedule(len(data.training), batch, config.num_epochs, config.max_steps, config.seed)

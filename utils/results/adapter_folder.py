@@ -1,6 +1,7 @@
 """An adapter's folder: is it whole, does it belong to this base model, and how it is put over it again."""
 
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ from torch import nn
 
 from configs.errors import UserError
 from configs.messages import _
+from configs.peft import LoraConfig
+from configs.training import TrainingConfig
 from ft_datasets.prompt import PromptTemplate, choose_template
 from ft_datasets.tokenizer import Tokenizer
-from utils.files import read_json
+from utils.files import read_json, sha256
+from utils.model.adapters import adapter_file, stored_lora
 from utils.model.folder import ADAPTER_CONFIG, ModelFolder
+from utils.model.lora_forward import add_before_rounding
 from utils.model.tensor_files import is_whole
 from utils.runs.base_model import BaseIdentity, compared_by_first_rows, differences
 from utils.runs.description import described_template, read_training_config
@@ -38,9 +43,12 @@ def load_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Modul
                 error="\n  ".join(line.strip() for line in str(error).strip().split("\n")[:2]),
             )
         ) from error
-    for parameter in adapted.parameters():
-        if parameter.dtype == torch.float32:
+    for name, parameter in adapted.named_parameters():
+        # DoRA's magnitudes stay as exact as the lengths that they are set beside.
+        if parameter.dtype == torch.float32 and ".lora_magnitude_vector." not in name:
             parameter.data = parameter.data.to(dtype)
+    if dtype != torch.float32 and getattr(adapted.active_peft_config, "use_dora", False):
+        add_before_rounding(adapted)
     return adapted.eval()
 
 
@@ -97,6 +105,60 @@ def template_of(adapter_folder: Path, base: ModelFolder, tokenizer: Tokenizer) -
     return described_template(adapter_folder, described, tokenizer)
 
 
+def second_stage(
+    config: TrainingConfig, base: ModelFolder, tokenizer: Tokenizer
+) -> tuple[TrainingConfig, PromptTemplate]:
+    """The settings and the template of a run that starts from an adapter's weights, which has them from there.
+
+    Once the run has checkpoints, it has them from its own folder, and the adapter may be gone.
+
+    Raises:
+        UserError: the adapter is none that a run could have made, belongs to another base model or tokenizer, or a flag
+            contradicts it.
+    """
+    folder = Path(config.from_adapter)
+    begun = None
+    if config.resume not in ("auto", "none"):
+        begun = Path(config.resume).absolute().parents[1]
+    elif config.resume == "auto" and any(config.checkpoints_dir.glob("step-*")):
+        begun = Path(config.output_dir)
+    described = read_training_config(begun) if begun else None
+    if begun and described and described["settings"].get("from_adapter") == config.from_adapter:
+        folder, lora = begun, TrainingConfig.restored(described["settings"]).lora_config
+    else:
+        check_adapter_folder(folder)
+        lora = stored_lora(folder)
+    template, given = template_of(folder, base, tokenizer), asdict(config.lora_config)
+    lora = replace(lora, lora_dropout=config.lora_config.lora_dropout)
+    for name, stored in asdict(lora).items():
+        if _text(given[name]) not in (_text(getattr(LoraConfig(), name)), _text(stored)):
+            raise UserError(
+                _(
+                    "--lora_config.{name} {value}: the adapter of --from_adapter has {stored}. Leave the flag out.",
+                    name=name,
+                    value=_text(given[name]),
+                    stored=_text(stored) or "-",
+                )
+            )
+    return replace(config, lora_config=lora), template
+
+
+def _text(value: Any) -> str:
+    """A setting as text; names in whatever order are the same setting."""
+    return ",".join(sorted(value)) if isinstance(value, list) else str(value)
+
+
+def origin_of_adapter(config: TrainingConfig, is_new: bool) -> dict[str, str]:
+    """What a run's description keeps of the adapter that it started from: its folder and its weights' SHA-256.
+
+    Args:
+        is_new: the run begins now; one that goes on has kept it.
+    """
+    if not is_new:
+        return (read_training_config(Path(config.output_dir)) or {}).get("from_adapter", {})
+    return {"folder": config.from_adapter, "sha256": sha256(adapter_file(Path(config.from_adapter)))}
+
+
 def check_whole_base(adapter_folder: Path, base: ModelFolder, sha256: dict[str, str]) -> None:
     """Refuse a base model that looks like the one that an adapter was trained over, and is not the same throughout.
 
@@ -116,7 +178,7 @@ def _made_for(
 ) -> UserError:
     message = _(
         "The adapter in {adapter} was trained over {what}, not over {base}: it was trained over {trained_on}. "
-        "Give that model with --base_model.",
+        "Give that model with --base_model, in training with --model_name.",
         adapter=adapter_folder,
         what=what,
         base=base.path,

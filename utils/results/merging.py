@@ -17,8 +17,10 @@ from configs.messages import _
 from configs.quantization import Quantization
 from ft_datasets.prompt import PromptTemplate
 from utils.files import free_space, read_json
+from utils.model.adapters import adapter_file
 from utils.model.digests import whole_digest
 from utils.model.folder import ADAPTER_CONFIG, ModelFolder
+from utils.model.lora_forward import row_lengths
 from utils.model.quantization import rounded_weight
 from utils.model.rounding import round_stochastically
 from utils.model.tensor_files import open_tensors
@@ -53,14 +55,12 @@ class LoraDelta:
                     kind=kind,
                 )
             )
-        for setting in ("use_dora", "fan_in_fan_out", "lora_bias"):
+        for setting in ("fan_in_fan_out", "lora_bias"):
             if self.config.get(setting):
                 raise UserError(
                     _("{folder}: adapters with {setting} can't be merged here.", folder=folder, setting=setting)
                 )
-        file = folder / "adapter_model.safetensors"
-        if not file.is_file():
-            file = folder / "adapter_model.bin"
+        file = adapter_file(folder)
         if not file.is_file():
             raise UserError(_("{folder} has no adapter_model.safetensors: it is not whole.", folder=folder))
         with open_tensors(file) as tensors:
@@ -92,8 +92,13 @@ class LoraDelta:
                     adapter=(b.shape[0], a.shape[1]),
                 )
             )
+        base = base.float()
         added = self._scale(module, a.shape[0]) * (b.float() @ a.float())
-        return rounded_sum(base.float(), added, weight.dtype, seed=zlib.crc32(name.encode()))
+        magnitude = self._take(f"{module}.lora_magnitude_vector")
+        if magnitude is not None:
+            directed = base + added
+            added = directed * (magnitude.float() / row_lengths(directed))[:, None] - base
+        return rounded_sum(base, added, weight.dtype, seed=zlib.crc32(name.encode()))
 
     def check_all_used(self) -> None:
         """Refuse an adapter with weights for modules that the base model does not have."""

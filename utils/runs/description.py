@@ -51,16 +51,21 @@ def described_template(folder: Path, described: dict[str, Any], tokenizer: Token
         raise UserError(_("{file} can't be read ({error}).", file=folder / TRAINING_CONFIG, error=error)) from error
 
 
-def template_for(config: TrainingConfig, tokenizer: Tokenizer) -> PromptTemplate:
+def template_for(
+    config: TrainingConfig, tokenizer: Tokenizer, inherited: PromptTemplate | None = None
+) -> PromptTemplate:
     """The template of a run: the one that it began with, or else the one that --prompt_template names.
+
+    Args:
+        inherited: the one of the adapter that the run starts from.
 
     Raises:
         UserError: there is no such template.
     """
-    began_with = None
+    began_with = inherited
     if config.resume != "none":
         with contextlib.suppress(UserError, ValueError):  # what is wrong there is told where the run is gone on with
-            began_with = _template_of_run(config, tokenizer)
+            began_with = _template_of_run(config, tokenizer) or inherited
     if began_with and config.prompt_template == "auto":
         return began_with
     day = began_with.date if began_with else ""

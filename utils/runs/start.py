@@ -29,6 +29,7 @@ STRUCTURAL = (
     "peft_method",
     "lora_config.r",
     "lora_config.target_modules",
+    "lora_config.use_dora",
     "lora_config.modules_to_save",
     "llama_adapter_config.",
     "prefix_config.",
@@ -183,8 +184,8 @@ def _check_same_run(
         UserError: something changed that would make it another run, and `accept` is not given.
     """
     notes = []
-    # What an earlier version did not know was what is the default now.
-    before, now = {**TrainingConfig().flat(), **checkpoint.state.identity}, dict(identity)
+    # A setting that an earlier version did not have is as it was by default.
+    before, now = TrainingConfig().flat() | checkpoint.state.identity, dict(identity)
     known = identity_of_base(checkpoint)
     if known.is_of_first_rows:
         notes.append(compared_by_first_rows(checkpoint.path))

@@ -181,6 +181,7 @@ def test_training_values_out_of_range_are_named(argv):
         ("--lora_config.r 4", "--use_peft --peft_method lora"),
         ("--use_peft --peft_method prefix --lora_config.modules_to_save lm_head", "--use_peft --peft_method lora"),
         ("--use_peft --prefix_config.num_virtual_tokens 4", "--use_peft --peft_method prefix"),
+        ("--from_adapter folder", "--use_peft --peft_method lora"),
         ("--run_validation False --val_set_size 5", "--run_validation"),
         ("--gamma 0.5", "--scheduler step"),
         ("--warmup_ratio 0.1 --scheduler constant", "--scheduler cosine"),
@@ -223,6 +224,7 @@ def test_other_values_out_of_range_are_named():
         ("--use_peft --freeze_layers", ["--freeze_layers", "frozen already"]),
         ("--use_fp16 --mixed_precision False", ["--use_fp16", "--mixed_precision False"]),
         ("--use_peft --peft_method prefix --enable_fsdp", ["--enable_fsdp", "--peft_method lora"]),
+        ("--use_peft --lora_config.use_dora true --enable_fsdp", ["--lora_config.use_dora", "--enable_fsdp"]),
         ("--enable_fsdp --fsdp_config.sharding_strategy NO_SHARD", ["NO_SHARD", "FULL_SHARD", "HYBRID_SHARD"]),
         ("--enable_fsdp --fsdp_config.sharding_group_size 2", ["sharding_group_size", "HYBRID_SHARD"]),
         (

@@ -29,8 +29,11 @@ def random_states(heads: int, kv_heads: int, length: int, seed: int = 0) -> tupl
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes)
 
 
-def plain_attention(query, key, value, lengths, prefix=None, scaling=None):
-    """A loop over heads and positions; position p of a segment sees the prefix and 0..p of its segment."""
+def plain_attention(query, key, value, lengths, prefix=None, scaling=None, window=0):
+    """A loop over heads and positions; position p of a segment sees the prefix and 0..p of its segment.
+
+    With a window it sees the last of them alone, so many.
+    """
     heads, group = query.shape[1], query.shape[1] // key.shape[1]
     rows = []
     start = 0
@@ -43,6 +46,7 @@ def plain_attention(query, key, value, lengths, prefix=None, scaling=None):
                 if prefix:
                     keys = torch.cat((prefix[0][0, head // group], keys))
                     values = torch.cat((prefix[1][0, head // group], values))
+                keys, values = keys[-window:], values[-window:]
                 scores = keys @ query[0, head, position] * (scaling or 1 / math.sqrt(HEAD_DIM))
                 weights = scores.exp() / scores.exp().sum()
                 outputs.append(weights @ values)
@@ -125,6 +129,58 @@ def test_segments_see_the_beginning_that_they_share(heads, kv_heads):
     (expected * upstream).sum().backward()
     for mine, theirs in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+WINDOWS = pytest.mark.parametrize("window", [1, 2, 3, 4, 7, 100])
+
+
+@WINDOWS
+@pytest.mark.parametrize("past", [0, 3])
+def test_a_window_reaches_back_over_what_is_shared_and_what_stands_before(window, past):
+    """So many keys, whichever of the three they belong to; with gradients."""
+    ours, plain = [*random_states(4, 2, 8), *random_prefix(2)], [*random_states(4, 2, 8), *random_prefix(2)]
+    upstream = torch.randn(1, 8, 4, HEAD_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    before = {"past": prefix_of(ours[3:])} if past else {}
+    output, _ = packed_attention(LAYER, *ours[:3], segments=SHARED, sliding_window=window, **before)
+    apart = [x[:, :, SHARED.contexts.tokens] for x in plain[:3]]
+    prefix = plain[3:] if past else None
+    expected = plain_attention(*apart, SHARED.contexts.lengths, prefix, window=window)[:, [0, 1, 4, 5, 6, 9, 10, 11]]
+    torch.testing.assert_close(output, expected)
+    (output * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    for mine, theirs in zip(ours, plain, strict=True):
+        if mine.grad is not None or theirs.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@WINDOWS
+@pytest.mark.parametrize("kernel", [FLASH, EFFICIENT], ids=["flash", "efficient"])
+def test_kernels_of_a_card_are_asked_for_the_same_window(kernel, window, monkeypatch):
+    use_varlen_on_cpu(monkeypatch, kernel)
+    for segments in (SHARED, Segments.of([3, 5], CPU), Segments.of([1, 6, 1], CPU, 40)):
+        ours = [x.detach().bfloat16().requires_grad_() for x in random_states(4, 2, 8)]
+        plain = [x.detach().double().requires_grad_() for x in ours]
+        output, _ = packed_attention(LAYER, *ours, segments=segments, sliding_window=window)
+        expected, _ = packed_attention(LAYER, *plain, segments=segments, sliding_window=window)
+        torch.testing.assert_close(output, expected, check_dtype=False, rtol=0.02, atol=0.02)
+        upstream = torch.randn(1, 8, 4, HEAD_DIM, generator=torch.Generator().manual_seed(3)).bfloat16()
+        output.backward(upstream)
+        expected.backward(upstream.double())
+        for mine, theirs in zip(ours, plain, strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, check_dtype=False, rtol=0.03, atol=0.03)
+
+
+@WINDOWS
+@pytest.mark.parametrize("pieces", [[1] * 7, [4, 1, 1, 1], [2, 5], [7]])
+def test_a_cache_gives_the_same_in_pieces_as_at_once_with_a_window(pieces, window):
+    query, key, value = (x.detach() for x in random_states(4, 2, 7))
+    cache, outputs = KeyValueCache(7), []
+    for length in pieces:
+        at = slice(cache.length, cache.length + length)
+        states, segments = (x[:, :, at] for x in (query, key, value)), Segments.of([length], CPU)
+        output, _ = packed_attention(LAYER, *states, segments=segments, past=cache, sliding_window=window)
+        outputs.append(output)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), plain_attention(query, key, value, [7], window=window))
 
 
 @SHAPES

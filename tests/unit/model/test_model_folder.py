@@ -176,26 +176,34 @@ def test_to_freeze_all_layers_is_refused(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("settings", "window"),
+    "settings",
     [
-        ({"model_type": "llama"}, 0),
-        ({"model_type": "mistral"}, 4096),
-        ({"model_type": "mistral", "sliding_window": None}, 0),
-        ({"model_type": "mistral", "sliding_window": 300}, 300),
-        ({"model_type": "qwen2", "sliding_window": 300, "use_sliding_window": False}, 0),
-        ({"model_type": "qwen2", "sliding_window": 300, "use_sliding_window": True}, 300),
-        ({"model_type": "qwen3", "sliding_window": 300}, 0),
+        {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
+        {"rope_scaling": {"rope_type": "yarn"}},  # its factor lacks
+        {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default"},
+                "sliding_attention": {"rope_type": "default"},
+            }
+        },
+        {"partial_rotary_factor": 0.5},
+        {"layer_types": ["chunked_attention"]},
     ],
     ids=str,
 )
-def test_examples_longer_than_a_sliding_window_are_refused(folder, settings, window):
-    (folder / "config.json").write_text(json.dumps(settings))
-    if not window:
-        ModelFolder(folder).check_length(100_000)
-        return
-    ModelFolder(folder).check_length(window)
-    with pytest.raises(UserError, match=f"has {window + 1}.*--max_seq_length {window}"):
-        ModelFolder(folder).check_length(window + 1)
+def test_what_is_not_computed_is_refused_by_its_key_and_value(folder, settings):
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **settings}))
+    ((key, value),) = settings.items()
+    assert f"{key}: {json.dumps(value)}" in complaint(folder)
+
+
+@pytest.mark.parametrize(("kind", "scaled"), [("linear", False), ("dynamic", True)])
+def test_which_lengths_a_texts_angles_depend_on(folder, kind, scaled):
+    settings = {"max_position_embeddings": 300, "rope_scaling": {"type": kind, "factor": 2.0}}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **settings}))
+    assert not ModelFolder(folder).depends_on_length(300)
+    assert ModelFolder(folder).depends_on_length(301) == scaled
 
 
 def test_weights_that_were_pickled_as_parameters_are_plain_tensors(tiny_model, tmp_path):

@@ -40,7 +40,15 @@ def test_weights_of_llama_2_7b():
     assert int8 == 6_476_005_376 + 2 * 262_410_240  # a byte for each of the layers' weights
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_peft": False}, {"use_peft": False, "freeze_layers": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_peft": False},
+        {"use_peft": False, "freeze_layers": True},
+        {"lora_config": LoraConfig(use_dora=True)},
+    ],
+)
 def test_trained_parameters_are_those_of_a_model(grouped_model, tmp_path, settings):
     trainer = make_trainer(grouped_model, tmp_path, **{"lora_config": ALL, **settings})
     shape = Shape.of(ModelFolder(grouped_model).config)
@@ -128,6 +136,8 @@ SETTINGS = {
     "lora over int8": replace(LORA, quantization="8bit"),
     "lora over nf4": replace(LORA, quantization="4bit"),
     "lora with dropout": replace(LORA, lora_config=all_linear(dropout=0.1)),
+    "dora": replace(LORA, lora_config=replace(ALL, use_dora=True)),
+    "dora of q and v": replace(LORA, lora_config=LoraConfig(use_dora=True)),
     "lora and embedding": replace(LORA, lora_config=all_linear("embed_tokens")),
     "lora and norms": replace(LORA, lora_config=all_linear("norm")),
     "prefix": replace(LORA, peft_method="prefix"),

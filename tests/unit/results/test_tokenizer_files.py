@@ -3,10 +3,10 @@ import random
 
 import pytest
 import sentencepiece
+from helpers.records import alpaca_template
 from helpers.tiny_models import TEXTS
 from transformers import AutoTokenizer
 
-from ft_datasets.prompt import PromptTemplate
 from scripts.quickstart import train_sentencepiece
 from utils.results.model_files import copy_tokenizer
 from utils.results.tokenizer_files import sentencepiece_as_json
@@ -55,7 +55,7 @@ def test_the_written_tokenizer_gives_the_ids_of_sentencepiece(tmp_path, settings
         )
     )
     (tmp_path / "merged").mkdir()
-    copy_tokenizer(tmp_path / "base", tmp_path / "merged", PromptTemplate())
+    copy_tokenizer(tmp_path / "base", tmp_path / "merged", alpaca_template(tmp_path / "base"))
     (tmp_path / "merged" / "config.json").write_text('{"model_type": "llama"}')
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     texts = [*MORE, *random_texts(1500)]
@@ -100,7 +100,7 @@ def test_where_sentencepiece_takes_the_leftmost_none_is_written(tmp_path):
     file.write_bytes(model.SerializeToString())
     assert sentencepiece_as_json(tmp_path / "base", "<s>") is None
     (tmp_path / "merged").mkdir()
-    copy_tokenizer(tmp_path / "base", tmp_path / "merged", PromptTemplate())
+    copy_tokenizer(tmp_path / "base", tmp_path / "merged", alpaca_template(tmp_path / "base"))
     assert not (tmp_path / "merged" / "tokenizer.json").exists()
     settings = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())
     assert (settings["tokenizer_class"], settings["legacy"]) == ("LlamaTokenizer", True)

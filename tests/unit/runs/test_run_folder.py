@@ -71,6 +71,7 @@ def test_changes_are_named_and_can_be_accepted(tmp_path):
         ({"lora_config": LoraConfig(r=16)}, "lora_config.r: 8 -> 16"),
         ({"lora_config": LoraConfig(modules_to_save=["lm_head"])}, "lora_config.modules_to_save: [] -> ['lm_head']"),
         ({"prefix_config": PrefixConfig(num_virtual_tokens=5)}, "prefix_config.num_virtual_tokens: 30 -> 5"),
+        ({"lora_config": LoraConfig(use_dora=True)}, "lora_config.use_dora: False -> True"),
         ({"optimizer": "adamw_8bit"}, "optimizer: adamw -> adamw_8bit"),
         ({"peft_method": "prefix"}, "peft_method: lora -> prefix"),
     ],
@@ -83,6 +84,16 @@ def test_what_is_trained_can_not_be_changed_on_the_way(tmp_path, changed, told):
         assert told in str(refused.value)
         assert "--resume none" in str(refused.value)
         assert "--accept_changes" not in str(refused.value)
+
+
+def test_a_setting_that_the_checkpoints_version_did_not_have_counts_as_its_default(tmp_path):
+    schedule = Schedule(100, 4, settings(tmp_path).num_epochs, 9, settings(tmp_path).seed)
+    identity = run_identity(settings(tmp_path), schedule, FINGERPRINTS)
+    del identity["lora_config.use_rslora"]
+    leave_checkpoint(settings(tmp_path), world_size=1, global_batch_size=4, identity=identity)
+    assert find_start(settings(tmp_path), 1, 100, FINGERPRINTS, BASE).checkpoint.step == 3
+    with pytest.raises(UserError, match=r"lora_config\.use_rslora: False -> True"):
+        find_start(settings(tmp_path, lora_config=LoraConfig(use_rslora=True)), 1, 100, FINGERPRINTS, BASE)
 
 
 def test_beginning_anew_moves_the_old_run_and_nothing_else(tmp_path):
