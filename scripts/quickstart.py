@@ -138,6 +138,7 @@ def make_base(corpus: list[dict[str, str]]) -> None:
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "tokenizer.json",
         "tokenizer.model",
         "tokenizer_config.json",
     ):

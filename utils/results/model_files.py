@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from ft_datasets.prompt import PromptTemplate
 from ft_datasets.tokenizer import Tokenizer
 from utils.files import read_json, write_json
+from utils.results.tokenizer_files import sentencepiece_as_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -85,12 +87,7 @@ def copy_tokenizer(base: Path, folder: Path, template: PromptTemplate) -> None:
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file) if settings_file.is_file() else {}
     if (folder / "tokenizer.model").is_file():
-        settings.setdefault("tokenizer_class", "LlamaTokenizer")
-        settings.setdefault("add_bos_token", bool(tokenizer.bos_ids))
-        settings.setdefault("add_eos_token", False)
-        # What stands behind a special token begins with a space, as SentencePiece has it and training had it; otherwise
-        # transformers would read the chat template's `<s>Below` as `B elow`.
-        settings["legacy"] = True
+        _have_transformers_read_sentencepiece(folder, settings, tokenizer)
     settings.setdefault("bos_token", tokenizer.bos_token or None)
     settings.setdefault("eos_token", tokenizer.eos_token)
     settings["chat_template"] = template.chat_template(tokenizer.bos_token, tokenizer.eos_token)
@@ -100,3 +97,27 @@ def copy_tokenizer(base: Path, folder: Path, template: PromptTemplate) -> None:
         original = read_json(base / "generation_config.json")
         generation = {**original, "eos_token_id": generation["eos_token_id"]}
     write_json(folder / "generation_config.json", generation)
+
+
+def _have_transformers_read_sentencepiece(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Give transformers the ids of a folder's tokenizer.model, through a tokenizer.json where one can hold them."""
+    settings.setdefault("add_bos_token", bool(tokenizer.bos_ids))
+    settings.setdefault("add_eos_token", False)
+    exact = sentencepiece_as_json(folder, tokenizer.bos_token)
+    if exact is None:
+        settings.setdefault("tokenizer_class", "LlamaTokenizer")
+        # What stands behind a special token begins with a space, as SentencePiece has it and training had it; otherwise
+        # transformers would read the chat template's `<s>Below` as `B elow`.
+        settings["legacy"] = True
+        return
+    exact.save(str(folder / "tokenizer.json"))
+    settings.setdefault("unk_token", exact.model.unk_token)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the one that takes tokenizer.json as it is
+    # transformers would put these in the place of what tokenizer.json says of the same tokens.
+    for name in ("legacy", "add_prefix_space", "added_tokens_decoder", "auto_map"):
+        settings.pop(name, None)
+    for name, value in settings.items():
+        if isinstance(value, dict) and "content" in value:
+            settings[name] = value["content"]
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        (folder / name).unlink(missing_ok=True)

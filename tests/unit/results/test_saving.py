@@ -75,7 +75,7 @@ def test_what_says_that_a_result_is_whole_comes_after_it(tiny_model, tmp_path, m
     expected = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     if not use_peft:
         expected = "README.md config.json generation_config.json model.safetensors".split()
-        expected += "tokenizer.model tokenizer_config.json".split()
+        expected += "tokenizer.json tokenizer.model tokenizer_config.json".split()
     written_before = disk.events.index(next(event for event in disk.events if event.startswith("flush")))
     handing_over = [event for event in disk.events[written_before:] if event != "remove .saving"]
     of_each_file = [handing_over[start : start + 3] for start in range(0, len(handing_over), 3)]
