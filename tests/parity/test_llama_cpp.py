@@ -46,9 +46,9 @@ MODELS = {
 }  # fmt: skip
 
 
-def convert(folder, file, kind="f32"):
-    GgufFile(ModelFolder(folder), kind).write(file)
-    return LlamaCpp(file)
+def convert(folder, kind="f32"):
+    GgufFile(ModelFolder(folder), kind).write(folder)
+    return LlamaCpp(folder / "model.gguf")
 
 
 def texts():
@@ -64,7 +64,7 @@ def served(request, tmp_path_factory):
     copy_tokenizer(folder, folder.parent, PromptTemplate())
     for file in folder.parent.glob("*.json"):
         file.rename(folder / file.name)
-    return folder, convert(folder, folder / "model.gguf")
+    return folder, convert(folder)
 
 
 def test_answers_are_those_of_transformers(served):
@@ -84,7 +84,7 @@ def test_sentencepiece_tokens_and_chats(tiny_model, tmp_path):
     copy_tokenizer(tiny_model, tmp_path, PromptTemplate())
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
-    llama_cpp, tokenizer = convert(tmp_path, tmp_path / "model.gguf"), Tokenizer(tmp_path)
+    llama_cpp, tokenizer = convert(tmp_path), Tokenizer(tmp_path)
     for text in texts():
         assert llama_cpp.ids(text) == tokenizer.encode(text), text
     template = json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"]
@@ -98,7 +98,7 @@ def test_byte_level_tokens_and_chats(tiny_model, tmp_path, splitting):
         (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
     write_byte_level_tokenizer(tmp_path, splitting, vocab_size=590)
     (tmp_path / "chat_template.jinja").write_text(CHATML)
-    llama_cpp, tokenizer = convert(tmp_path, tmp_path / "model.gguf"), Tokenizer(tmp_path)
+    llama_cpp, tokenizer = convert(tmp_path), Tokenizer(tmp_path)
     differing = [text for text in texts() if llama_cpp.ids(text) != tokenizer.encode(text)]
     assert not differing
     assert llama_cpp.ask("/props")["chat_template"] == CHATML

@@ -13,10 +13,11 @@ from configs.errors import UserError
 from configs.messages import _
 from configs.results import GgufType
 from ft_datasets.tokenizer import Tokenizer
-from utils.files import flush, free_space, replace_durably
+from utils.files import flush, free_space, replace_durably, write_durably
 from utils.model.folder import ModelFolder
 from utils.results.chat_template import read_chat_template
 from utils.results.gguf_vocabulary import read_vocabulary
+from utils.results.modelfile import modelfile
 from utils.results.tokenizer_files import UNKNOWN
 
 ARCHITECTURES = {
@@ -34,6 +35,8 @@ ENDS = {
 MORE_ENDS = ("eot", "eom")
 """What a GGUF file calls the other ends of an answer, beside `eos`; there is no place for more."""
 LARGEST_F16 = 65504
+GGUF, MODELFILE = "model.gguf", "Modelfile"
+"""What a folder gets."""
 
 
 class GgufFile:
@@ -42,6 +45,8 @@ class GgufFile:
     Attributes:
         size: bytes of its weights.
         context: tokens that the model may attend to in llama.cpp.
+        modelfile: the text of Ollama's Modelfile.
+        notes: what its reader should know.
 
     Raises:
         UserError: llama.cpp does not compute what this model is, or would read other tokens.
@@ -172,39 +177,58 @@ class GgufFile:
         for name, number in [*special.items(), *zip(MORE_ENDS, ends, strict=False)]:
             if number is not None:
                 getattr(writer, f"add_{name}_token_id")(number)
+        self.adds_bos = bool(tokenizer.bos_ids)
         greeting = template and template.render([{"role": "user", "content": "a"}])
-        # As in training: a template that does not begin with BOS is asked without it.
-        writer.add_add_bos_token(
-            bool(tokenizer.bos_ids) and (greeting is None or greeting.startswith(tokenizer.bos_token))
-        )
+        if greeting and not greeting.startswith(tokenizer.bos_token):
+            self.adds_bos = False  # as transformers asks: a chat template writes BOS itself where the model wants it
+        writer.add_add_bos_token(self.adds_bos)
         writer.add_add_eos_token(False)
         if template:
             writer.add_chat_template(template.source)
+        stops = [vocabulary.tokens[end] for end in sorted(tokenizer.stop_ids)]
+        self.modelfile, self.notes = modelfile(template, tokenizer.bos_token if self.adds_bos else "", stops)
 
-    def write(self, file: Path) -> None:
-        """Write it; it appears whole or not at all. One tensor at a time is in memory.
+    def check_place(self, folder: Path, besides: int = 0) -> None:
+        """Refuse a folder that holds such files already, or whose disk is too small.
+
+        Args:
+            besides: bytes that something else will have written before.
 
         Raises:
-            UserError: the disk is too small or can't be written, or a number is too large for the type.
+            UserError: it is so.
         """
-        unfinished = file.with_name(file.name + ".unfinished")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            free = free_space(file.parent)
-            if free < self.size:
-                raise UserError(
-                    _(
-                        "{file} needs {needed} GB, and its disk has {free} GB left.",
-                        file=file,
-                        needed=f"{self.size / 1e9:.1f}",
-                        free=f"{free / 1e9:.1f}",
-                    )
+        for file in (folder / GGUF, folder / MODELFILE):
+            if file.exists():
+                raise UserError(_("{file} is there already. Give another --output_dir, or remove it.", file=file))
+        free = free_space(folder)
+        if free < self.size + besides:
+            raise UserError(
+                _(
+                    "{needed} GB are needed, and the disk of {folder} has {free} GB left.",
+                    needed=f"{(self.size + besides) / 1e9:.1f}",
+                    folder=folder,
+                    free=f"{free / 1e9:.1f}",
                 )
+            )
+
+    def write(self, folder: Path) -> None:
+        """Write model.gguf and the Modelfile into a folder; each appears whole or not at all.
+
+        One tensor at a time is in memory.
+
+        Raises:
+            UserError: see `check_place`; or the disk can't be written, or a number is too large for the type.
+        """
+        self.check_place(folder)
+        unfinished = folder / f"{GGUF}.unfinished"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
             self._write(unfinished)
             flush(unfinished)
-            replace_durably(unfinished, file)
+            write_durably(folder / MODELFILE, self.modelfile)
+            replace_durably(unfinished, folder / GGUF)
         except OSError as error:
-            raise UserError(_("{file} can't be written ({error}).", file=file, error=error.strerror)) from error
+            raise UserError(_("{folder} can't be written ({error}).", folder=folder, error=error.strerror)) from error
         finally:
             self.writer.close()
             unfinished.unlink(missing_ok=True)

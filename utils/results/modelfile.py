@@ -1,0 +1,141 @@
+"""An Ollama Modelfile with the prompt of a chat template, in the template language of Go.
+
+The pieces of the prompt are found by rendering conversations of words that no template holds, and what is put together
+from them is compared with what Jinja renders; a template that can't be had that way is left out, with the reason.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from configs.messages import _
+from utils.results.chat_template import ChatTemplate, Messages
+
+SYSTEM, QUESTION, ANSWER, NEXT = "qzsystemzq", "qzquestionzq", "qzanswerzq", "qznextzq"
+"""Words that stand for the messages of a conversation."""
+
+
+def conversation(*texts: str, system: str = "") -> Messages:
+    """Questions and answers in turn, behind a system message where there is one."""
+    turns = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+    return [{"role": "system", "content": system}] * bool(system) + turns
+
+
+PROBES = [
+    ("你好",),
+    ("第一行\n第二行", "{{ .System }} {% x %}", "a  b"),
+    ("1", "2", "3", "4", "5"),
+]
+
+
+@dataclass
+class GoTemplate:
+    """The pieces of a prompt between the messages.
+
+    Attributes:
+        before: what stands before the first question where there is no system message.
+        around_system: what stands before and behind a system message; None = the template takes none.
+        before_answer: what stands between a question and its answer.
+        behind_answer: what stands between an answer and the next question.
+    """
+
+    before: str
+    around_system: tuple[str, str] | None
+    before_answer: str
+    behind_answer: str
+
+    @property
+    def source(self) -> str:
+        """The template in Go's language, over Ollama's `.System` and `.Messages`."""
+        before = _literal(self.before)
+        if self.around_system:
+            first, second = map(_literal, self.around_system)
+            before = f"{{{{ if .System }}}}{first}{{{{ .System }}}}{second}{{{{ else }}}}{before}{{{{ end }}}}"
+        return (
+            f'{before}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{{{{ .Content }}}}'
+            f'{_literal(self.before_answer)}{{{{ else if eq .Role "assistant" }}}}{{{{ .Content }}}}'
+            f"{_literal(self.behind_answer)}{{{{ end }}}}{{{{ end }}}}"
+        )
+
+    def render(self, messages: Messages) -> str:
+        """What Ollama makes of a conversation."""
+        text = self.before
+        for message in messages:
+            if message["role"] == "system" and self.around_system:
+                text = self.around_system[0] + message["content"] + self.around_system[1]
+            elif message["role"] == "user":
+                text += message["content"] + self.before_answer
+            elif message["role"] == "assistant":
+                text += message["content"] + self.behind_answer
+        return text
+
+
+def _literal(text: str) -> str:
+    """Text as it stands in a template of Go: two braces would begin a command."""
+    return text.replace("{", '{{ "{" }}')
+
+
+def go_template(template: ChatTemplate) -> GoTemplate | None:
+    """The same prompt for Ollama; None where it can't be put together from fixed pieces."""
+    single = _between(template.render(conversation(QUESTION)), QUESTION)
+    double = _between(template.render(conversation(QUESTION, ANSWER, NEXT)), QUESTION, ANSWER, NEXT)
+    if not single or not double:
+        return None
+    before_system = _between(template.render(conversation(QUESTION, system=SYSTEM)), SYSTEM, QUESTION)
+    around_system = (before_system[0], before_system[1]) if before_system else None
+    found = GoTemplate(single[0], around_system, single[1], double[2])
+    for texts in PROBES:
+        for system in ("", "系统 {x}") if around_system else ("",):
+            messages = conversation(*texts, system=system)
+            if template.render(messages) != found.render(messages):
+                return None
+    is_writable = all(character.isprintable() or character in "\n\t" for character in found.source)
+    return found if is_writable and '"""' not in found.source else None  # Ollama drops what can't be printed
+
+
+def _between(text: str | None, *words: str) -> list[str] | None:
+    """What stands around and between words; None where one is not there once, or they stand otherwise."""
+    pieces = []
+    for word in words:
+        if not text or text.count(word) != 1:
+            return None
+        piece, _word, text = text.partition(word)
+        pieces.append(piece)
+    return [*pieces, text or ""]
+
+
+def modelfile(template: ChatTemplate | None, bos_token: str, stops: Iterable[str]) -> tuple[str, list[str]]:
+    """A Modelfile for the model.gguf beside it, and what has to be said about it.
+
+    Args:
+        bos_token: what llama.cpp puts before a prompt by itself, and the template therefore must not; "" = nothing.
+        stops: the tokens that end an answer.
+    """
+    found = template and go_template(template)
+    notes = list(_notes(template, found))
+    lines = [*(f"# {note}" for note in notes), "FROM ./model.gguf"]
+    if found:
+        found.before = found.before.removeprefix(bos_token)
+        if found.around_system:
+            found.around_system = (found.around_system[0].removeprefix(bos_token), found.around_system[1])
+        lines.append(f'TEMPLATE """{found.source}"""')
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    return "\n".join(lines) + "\n", notes
+
+
+def _notes(template: ChatTemplate | None, found: GoTemplate | None) -> Iterator[str]:
+    if not template:
+        yield _("The model has no chat template, and Ollama is given none.")
+        return
+    if not found:
+        yield _(
+            "The model's chat template can't be written in Ollama's language. Without one Ollama guesses; llama.cpp "
+            "takes the template itself from model.gguf."
+        )
+        return
+    if not found.around_system:
+        yield _("The model's chat template takes no system message: Ollama leaves it out without a word.")
+    spacious = conversation(" a\n")
+    if template.render(spacious) != found.render(spacious):
+        yield _("The model's chat template cuts off spaces and line ends around a message; Ollama keeps them.")
+    if "strftime_now" in template.source:
+        yield _("The model's chat template names the day; Ollama always names the day on which this file was made.")
