@@ -36,10 +36,6 @@ class MergeConfig:
         """What is out of range."""
         if self.shard_gb <= 0:
             yield _("--shard_gb {value}: must be above 0", value=self.shard_gb)
-        if not self.peft_model and self.format != "gguf":
-            yield _(
-                "--peft_model '': without an adapter there is nothing to merge; --format gguf converts a model as it is"
-            )
         if not self.peft_model and self.quantization:
             yield _("--quantization: only what is merged is rounded; --gguf_type says how a model is converted")
 

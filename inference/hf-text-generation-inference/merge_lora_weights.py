@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from typing import TYPE_CHECKING, Any
 
 from configs.command_line import configure, run_command
-from configs.errors import explained
+from configs.errors import UserError, explained
 from configs.messages import _
 from configs.results import MergeConfig
 from utils.quiet import quiet_libraries
@@ -62,6 +62,8 @@ def main(**settings: Any) -> Path:
         file.check_place(output, besides=base.parameter_bytes if config.peft_model else 0)
         if not config.peft_model:
             return convert(file, output)
+    elif not config.peft_model:
+        raise UserError(_("--peft_model '': nothing to merge; --format gguf converts a model as it is"))
     check_adapter_folder(adapter)
     template = template_of(adapter, base, Tokenizer(base.path))
 

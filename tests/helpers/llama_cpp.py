@@ -5,7 +5,6 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from helpers.tiny_models import TEXTS
 from utils.results.gguf_vocabulary import PRE_TOKENIZERS
 
 
@@ -46,8 +45,8 @@ class LlamaCpp:
         return self.ask("/completion", body)["tokens"]
 
 
-def write_byte_level_tokenizer(folder: Path, splitting: str, vocab_size: int, normalizer: Any = None) -> None:
-    """A trained tokenizer.json that splits text as models do whose splitting llama.cpp calls so."""
+def write_byte_level_tokenizer(folder: Path, splitting: str, texts: list[str], vocab_size: int) -> None:
+    """A tokenizer.json, learnt from texts, that splits text as models do whose splitting llama.cpp calls so."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     steps, ignore_merges = next(key for key, name in PRE_TOKENIZERS.items() if name == splitting)
@@ -59,16 +58,13 @@ def write_byte_level_tokenizer(folder: Path, splitting: str, vocab_size: int, no
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([makers[name](*settings) for name, *settings in steps])
     tokenizer.decoder = decoders.ByteLevel()
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    (folder / "tokenizer.model").unlink(missing_ok=True)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

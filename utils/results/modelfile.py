@@ -34,12 +34,14 @@ class GoTemplate:
     Attributes:
         before: what stands before the first question where there is no system message.
         around_system: what stands before and behind a system message; None = the template takes none.
-        before_answer: what stands between a question and its answer.
+        behind_question: what asks for an answer.
+        before_answer: what more stands before an answer that was given.
         behind_answer: what stands between an answer and the next question.
     """
 
     before: str
     around_system: tuple[str, str] | None
+    behind_question: str
     before_answer: str
     behind_answer: str
 
@@ -50,10 +52,11 @@ class GoTemplate:
         if self.around_system:
             first, second = map(_literal, self.around_system)
             before = f"{{{{ if .System }}}}{first}{{{{ .System }}}}{second}{{{{ else }}}}{before}{{{{ end }}}}"
+        question = f"{{{{ .Content }}}}{_literal(self.behind_question)}"
+        answer = f"{_literal(self.before_answer)}{{{{ .Content }}}}{_literal(self.behind_answer)}"
         return (
-            f'{before}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{{{{ .Content }}}}'
-            f'{_literal(self.before_answer)}{{{{ else if eq .Role "assistant" }}}}{{{{ .Content }}}}'
-            f"{_literal(self.behind_answer)}{{{{ end }}}}{{{{ end }}}}"
+            f'{before}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{question}'
+            f'{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ end }}}}{{{{ end }}}}'
         )
 
     def render(self, messages: Messages) -> str:
@@ -63,9 +66,9 @@ class GoTemplate:
             if message["role"] == "system" and self.around_system:
                 text = self.around_system[0] + message["content"] + self.around_system[1]
             elif message["role"] == "user":
-                text += message["content"] + self.before_answer
+                text += message["content"] + self.behind_question
             elif message["role"] == "assistant":
-                text += message["content"] + self.behind_answer
+                text += self.before_answer + message["content"] + self.behind_answer
         return text
 
 
@@ -82,7 +85,7 @@ def go_template(template: ChatTemplate) -> GoTemplate | None:
         return None
     before_system = _between(template.render(conversation(QUESTION, system=SYSTEM)), SYSTEM, QUESTION)
     around_system = (before_system[0], before_system[1]) if before_system else None
-    found = GoTemplate(single[0], around_system, single[1], double[2])
+    found = GoTemplate(single[0], around_system, single[1], double[1].removeprefix(single[1]), double[2])
     for texts in PROBES:
         for system in ("", "系统 {x}") if around_system else ("",):
             messages = conversation(*texts, system=system)
