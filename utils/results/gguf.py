@@ -44,7 +44,6 @@ class GgufFile:
 
     Attributes:
         size: bytes of its weights.
-        context: tokens that the model may attend to in llama.cpp.
         modelfile: the text of Ollama's Modelfile.
         notes: what its reader should know.
 
@@ -61,6 +60,8 @@ class GgufFile:
         if self.architecture is None or self.config.hidden_act != "silu":
             raise self._not_computed(f"{self.config.model_type}, {self.config.hidden_act}")
         self.writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[self.architecture])
+        self.names = gguf.get_tensor_name_map(self.architecture, self.config.num_hidden_layers)
+        self.notes: list[str] = []
         self._add_shape()
         self._add_rotation()
         self.stored = {name: self._add_tensor(name, shape) for name, shape in self._shapes()}
@@ -75,14 +76,21 @@ class GgufFile:
     def _add_shape(self) -> None:
         config, writer = self.config, self.writer
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        # llama.cpp attends to everything: right as long as no text is longer than the window.
-        windows = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
-        self.context = min(filter(None, windows))
+        window, context = getattr(config, "sliding_window", None), config.max_position_embeddings
+        if window and window < context:
+            context = window
+            self.notes.append(
+                _(
+                    "The model attends to the last {window} tokens, llama.cpp to all: the answers are the same as long as "
+                    "the context is no longer than that, which model.gguf names as its longest.",
+                    window=window,
+                )
+            )
         writer.add_type("model")
         writer.add_name(self.folder.path.resolve().name)
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if self.kind == "f32" else f"MOSTLY_{self.kind.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_context_length(self.context)
+        writer.add_context_length(context)
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)
         writer.add_feed_forward_length(config.intermediate_size)
@@ -130,8 +138,7 @@ class GgufFile:
 
     def _add_tensor(self, name: str, shape: tuple[int, ...]) -> GGMLQuantizationType:
         """Announce a weight; returns how its numbers are stored."""
-        names = gguf.get_tensor_name_map(self.architecture, self.config.num_hidden_layers)
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        gguf_name = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             raise self._not_computed(name)
         kind = self.kind
@@ -169,24 +176,26 @@ class GgufFile:
         special = {"bos": bos[0], "eos": tokenizer.eos_id, "pad": self.config.pad_token_id}
         if UNKNOWN in vocabulary.types:
             special["unk"] = vocabulary.types.index(UNKNOWN)
-        # Which ends llama.cpp knows by their names is said last: it knows them even where there is no place for them.
-        ends = sorted(tokenizer.stop_ids - {tokenizer.eos_id}, key=lambda end: (vocabulary.tokens[end] in ENDS, end))
-        unknown = [vocabulary.tokens[end] for end in ends[len(MORE_ENDS) :] if vocabulary.tokens[end] not in ENDS]
+        names = dict(enumerate(vocabulary.tokens))
+        stops = {end: names[end] for end in sorted(tokenizer.stop_ids) if end in names}
+        # Those that llama.cpp knows by their names come last: it knows them even where there is no place for them.
+        more = sorted(stops.keys() - {tokenizer.eos_id}, key=lambda end: (stops[end] in ENDS, end))
+        unknown = [stops[end] for end in more[len(MORE_ENDS) :] if stops[end] not in ENDS]
         if unknown:
             raise self._not_computed(_("place for so many ends of an answer: {tokens}", tokens=", ".join(unknown)))
-        for name, number in [*special.items(), *zip(MORE_ENDS, ends, strict=False)]:
-            if number is not None:
+        for name, number in [*special.items(), *zip(MORE_ENDS, more, strict=False)]:
+            if number in names:  # some models pad with -1
                 getattr(writer, f"add_{name}_token_id")(number)
-        self.adds_bos = bool(tokenizer.bos_ids)
+        adds_bos = bool(tokenizer.bos_ids)
         greeting = template and template.render([{"role": "user", "content": "a"}])
         if greeting and not greeting.startswith(tokenizer.bos_token):
-            self.adds_bos = False  # as transformers asks: a chat template writes BOS itself where the model wants it
-        writer.add_add_bos_token(self.adds_bos)
+            adds_bos = False  # as transformers asks: a chat template writes BOS itself where the model wants it
+        writer.add_add_bos_token(adds_bos)
         writer.add_add_eos_token(False)
         if template:
             writer.add_chat_template(template.source)
-        stops = [vocabulary.tokens[end] for end in sorted(tokenizer.stop_ids)]
-        self.modelfile, self.notes = modelfile(template, tokenizer.bos_token if self.adds_bos else "", stops)
+        self.modelfile, notes = modelfile(template, tokenizer.bos_token if adds_bos else "", stops.values())
+        self.notes += notes
 
     def check_place(self, folder: Path, besides: int = 0) -> None:
         """Refuse a folder that holds such files already, or whose disk is too small.
@@ -242,6 +251,7 @@ class GgufFile:
         for name, tensor in self.folder.tensors():
             if name in self.stored:
                 self.writer.write_tensor_data(self._numbers(name, tensor.float()))
+        self.writer.close()
 
     def _numbers(self, name: str, tensor: torch.Tensor) -> np.ndarray:
         """A weight's bytes, laid out as llama.cpp wants them."""

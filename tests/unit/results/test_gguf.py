@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from helpers.disk import DiskRecord
 from helpers.llama_cpp import write_byte_level_tokenizer
 from helpers.tiny_models import TEXTS, make_model
 from safetensors.torch import load_file, save_file
@@ -93,6 +94,7 @@ def test_half_precision(base, tmp_path, kind):
 
 def test_every_end_of_an_answer_has_its_place(base, tmp_path):
     (base / "generation_config.json").write_text('{"eos_token_id": [300, 2, 301]}')
+    settings(base, pad_token_id=-1)  # as Llama 1 has it
     fields, _tensors = write(base, tmp_path / "out")
     ends = [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")]
     assert ends == [2, 300, 301]
@@ -118,6 +120,8 @@ def test_attention_that_reaches_back_less_far_limits_the_context(tmp_path):
     folder = make_model(tmp_path / "mistral", family="mistral", sliding_window=96)
     fields, _tensors = write(folder, tmp_path / "out")
     assert fields["llama.context_length"] == 96
+    (note, _no_template) = GgufFile(ModelFolder(folder), "f32").notes
+    assert "last 96 tokens" in note
 
 
 def test_one_tensor_at_a_time_is_in_memory(base, tmp_path, monkeypatch):
@@ -151,6 +155,17 @@ def test_a_file_appears_whole_or_not_at_all(base, tmp_path):
     with pytest.raises(UserError, match=r"model\.gguf is there already"):
         write(base, output, "bf16")
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+
+
+def test_the_whole_file_is_on_the_disk_before_it_gets_its_name(base, tmp_path, monkeypatch):
+    disk = DiskRecord(tmp_path, monkeypatch)
+    file = GgufFile(ModelFolder(base), "f32")
+    file.write(tmp_path / "out")
+    moves = ["rename out/Modelfile.tmp -> out/Modelfile", "rename out/model.gguf.unfinished -> out/model.gguf"]
+    assert [event for event in disk.events if event.startswith("rename")] == moves
+    assert disk.flushed["out/model.gguf.unfinished"] == (tmp_path / "out" / "model.gguf").read_bytes()
+    assert disk.flushed["out/Modelfile.tmp"] == (tmp_path / "out" / "Modelfile").read_bytes()
+    assert file.size <= (tmp_path / "out" / "model.gguf").stat().st_size < file.size + 100_000
 
 
 def test_a_small_disk_is_seen_before_anything_is_written(base, tmp_path, monkeypatch):
