@@ -81,7 +81,7 @@ class GgufFile:
             context = window
             self.notes.append(
                 _(
-                    "The model attends to the last {window} tokens, llama.cpp to all: the answers are the same as long as "
+                    "The model attends to the last {window} tokens, llama.cpp to all: the answers are the same while "
                     "the context is no longer than that, which model.gguf names as its longest.",
                     window=window,
                 )
