@@ -1,3 +1,4 @@
+import importlib
 import json
 import shutil
 import weakref
@@ -279,3 +280,33 @@ def test_a_byte_level_tokenizer_is_known_by_how_it_splits(tmp_path):
         (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=why):
             read_vocabulary(tmp_path)
+
+
+def test_the_command_converts_a_model_as_it_is(base, tmp_path, capsys):
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    command = importlib.import_module("inference.hf-text-generation-inference.merge_lora_weights").main
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match="nothing to merge; --format gguf"):
+        command(base_model=base, peft_model="", output_dir=output)
+    with pytest.raises(UserError, match="only what is merged is rounded"):
+        command(base_model=base, peft_model="", output_dir=output, format="gguf", quantization="8bit")
+    assert not output.exists()
+    command(base_model=base, peft_model="", output_dir=output, format="gguf", gguf_type="q8_0")
+    assert {file.name for file in output.iterdir()} == {"model.gguf", "Modelfile"}
+    assert f"ollama create my-model -f {output}/Modelfile" in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+
+
+def test_before_a_merge_everything_is_known(base, tmp_path, monkeypatch):
+    """Neither a model that can't become a GGUF file nor a disk too small for both is found out after the merge."""
+    command = importlib.import_module("inference.hf-text-generation-inference.merge_lora_weights").main
+    room = GgufFile(ModelFolder(base), "f16").size + ModelFolder(base).parameter_bytes
+    arguments = {"base_model": base, "peft_model": tmp_path / "none", "output_dir": tmp_path / "out", "format": "gguf"}
+    for free, complaint in ((room - 1, "GB are needed"), (room, "none")):
+        monkeypatch.setattr(writing, "free_space", lambda folder, free=free: free)
+        with pytest.raises(UserError, match=complaint):
+            command(**arguments)
+    settings(base, hidden_act="gelu")
+    with pytest.raises(UserError, match="llama, gelu"):
+        command(**arguments)
+    assert not (tmp_path / "out").exists()
