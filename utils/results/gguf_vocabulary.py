@@ -54,10 +54,6 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     adds_space: bool = False
 
-    def id_of(self, type_: int) -> int | None:
-        """The first token of a type."""
-        return self.types.index(type_) if type_ in self.types else None
-
     def pad(self, rows: int) -> None:
         """Give every row of the embedding a token: llama.cpp wants as many of these as of those."""
         for number in range(len(self.tokens), rows):
