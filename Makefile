@@ -1,5 +1,6 @@
 # make quickstart   the whole path on a tiny model, in minutes, without a GPU
 # make test         the test suite
+# make test-all     the same, and what asks other programs (llama.cpp reads GGUF files back)
 # make soak         long fault and parity tests (an hour or two)
 # make lint         ruff
 # make levels       who may import whom, and whether it is so
@@ -16,13 +17,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INDEX := $(if $(PIP_INDEX),--index-url $(PIP_INDEX))
 
-.PHONY: quickstart test soak lint levels catalogue venv
+.PHONY: quickstart test test-all soak lint levels catalogue venv
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/python -u scripts/quickstart.py
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m "slow or not slow"
 
 soak: $(VENV)/.installed-dev
 	@$(BIN)/python tests/soak_parity.py

@@ -66,7 +66,9 @@ def run(name: str, command: str) -> str:
         SystemExit: it failed; what it said is printed.
     """
     began = time.monotonic()
-    process = subprocess.Popen([sys.executable, *shlex.split(command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [sys.executable, *shlex.split(command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     said = process.stdout.read().decode()
     _pid, status, usage = os.wait4(process.pid, 0)
     if status:

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from configs.messages import _
 from configs.quantization import QUANTIZATION_FLAG, Quantization
 from configs.serving import DEFAULT_ADAPTER, DEFAULT_BASE_MODEL
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+"""How a GGUF file stores its weights; behind the q stands the number of bits."""
 
 
 @dataclass
@@ -15,9 +19,13 @@ class MergeConfig:
     base_model: str = DEFAULT_BASE_MODEL
     """Folder of the base model."""
     peft_model: str = DEFAULT_ADAPTER
-    """Folder of the adapter."""
+    """Folder of the adapter; '' = none: with --format gguf, the base model as it is."""
     output_dir: str = "output/merged_model_output"
     """Folder for the merged model; it must not exist yet, or be empty."""
+    format: Literal["safetensors", "gguf"] = "safetensors"
+    """gguf = also a model.gguf for llama.cpp, and a Modelfile for Ollama."""
+    gguf_type: GgufType = "f16"
+    """How model.gguf stores its weights."""
     shard_gb: float = 4.0
     """Largest weight file, in GB."""
     quantization: Quantization | None = field(default=None, metadata=QUANTIZATION_FLAG)
@@ -28,6 +36,8 @@ class MergeConfig:
         """What is out of range."""
         if self.shard_gb <= 0:
             yield _("--shard_gb {value}: must be above 0", value=self.shard_gb)
+        if not self.peft_model and self.quantization:
+            yield _("--quantization: only what is merged is rounded; --gguf_type says how a model is converted")
 
 
 @dataclass

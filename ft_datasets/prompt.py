@@ -227,7 +227,7 @@ def choose_template(wanted: str, folder: Path, tokenizer: Tokenizer, day: str = 
                     error=getattr(error, "strerror", None) or error,
                 )
             ) from error
-    source = _own_template(folder)
+    source = own_template(folder)
     if source is not None:
         return _fixed("model", source, day)
     if wanted == "model":
@@ -242,7 +242,7 @@ def choose_template(wanted: str, folder: Path, tokenizer: Tokenizer, day: str = 
     return PromptTemplate.alpaca(tokenizer)
 
 
-def _own_template(folder: Path) -> str | None:
+def own_template(folder: Path) -> str | None:
     """The chat template of a model's folder, where it has one; the places and their order are transformers'."""
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -257,6 +257,8 @@ def _own_template(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
+FIXED_DAY = "{%- macro strftime_now(format) -%}"
+"""What a template begins with that is told one date for ever."""
 NOW = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
 
 
@@ -286,7 +288,7 @@ def _fixed(name: str, source: str, day: str) -> PromptTemplate:
     day = day or date.today().isoformat()
     written = {match["format"]: date.fromisoformat(day).strftime(match["format"]) for match in NOW.finditer(source)}
     known = ", ".join(f"{_literal(form)}: {_literal(text)}" for form, text in sorted(written.items()))
-    macro = f"{{%- macro strftime_now(format) -%}}{{{{- {{{known}}}.get(format, {_literal(day)}) -}}}}{{%- endmacro %}}"
+    macro = f"{FIXED_DAY}{{{{- {{{known}}}.get(format, {_literal(day)}) -}}}}{{%- endmacro %}}"
     # Jinja takes a line's end away that follows a block.
     return PromptTemplate(name, macro + ("\n" if source.startswith("\n") else "") + source, date=day)
 

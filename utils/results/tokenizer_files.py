@@ -49,12 +49,12 @@ def sentencepiece_as_json(folder: Path, bos_token: str) -> Tokenizer | None:
     model = sentencepiece_model_pb2.ModelProto.FromString(content)
     if model.trainer_spec.model_type != BPE:
         return None
-    tokenizer = _byte_pairs(model, dict(_added_tokens(folder)))
+    tokenizer = _byte_pairs(model, dict(added_tokens(folder)))
     processor = SentencePieceProcessor(model_proto=content)
     probes = [*PROBES, *_vocabulary_probes(model)]
     if processor.encode(probes) != [found.ids for found in tokenizer.encode_batch_fast(probes)]:
         return None
-    _add_special_tokens(tokenizer, model, dict(_added_tokens(folder)))
+    _add_special_tokens(tokenizer, model, dict(added_tokens(folder)))
     if bos_token:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[bos_token, "$A"], special_tokens=[(bos_token, tokenizer.token_to_id(bos_token))]
@@ -102,17 +102,23 @@ def _merges(model: Any) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: (*rank[pair[0] + pair[1]], len(pair[0])))
 
 
-def _added_tokens(folder: Path) -> Iterator[tuple[int, AddedToken]]:
-    """(id, token) of the tokens that a folder's other files add to its tokenizer.model, or name anew."""
+def added_tokens(folder: Path) -> Iterator[tuple[int, AddedToken]]:
+    """(id, token) of the special tokens that a folder's other files add to its tokenizer.model, or name anew.
+
+    Others that they add are ordinary text to SentencePiece, and were in training.
+    """
 
     def settings(name: str) -> dict[str, Any]:
         return read_json(folder / name) if (folder / name).is_file() else {}
 
     for content, number in settings("added_tokens.json").items():
         yield number, AddedToken(content, special=True, normalized=False)
-    for number, entry in settings("tokenizer_config.json").get("added_tokens_decoder", {}).items():
-        flags = {flag: entry.get(flag, False) for flag in ("lstrip", "rstrip", "special")}
-        yield int(number), AddedToken(entry["content"], normalized=False, **flags)
+    entries = [(entry["id"], entry) for entry in settings("tokenizer.json").get("added_tokens", [])]
+    entries += settings("tokenizer_config.json").get("added_tokens_decoder", {}).items()
+    for number, entry in entries:
+        if entry.get("special"):
+            strips = {flag: entry.get(flag, False) for flag in ("lstrip", "rstrip")}
+            yield int(number), AddedToken(entry["content"], special=True, normalized=False, **strips)
 
 
 def _add_special_tokens(tokenizer: Tokenizer, model: Any, added: dict[int, AddedToken]) -> None:
