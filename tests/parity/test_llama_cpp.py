@@ -3,10 +3,12 @@
 import importlib
 import json
 import random
+import shutil
 
 import peft
 import pytest
 import torch
+from helpers.chat_templates import TEMPLATES, chat_model
 from helpers.environment import ROOT
 from helpers.llama_cpp import LlamaCpp, write_byte_level_tokenizer
 from helpers.records import alpaca_template
@@ -14,7 +16,9 @@ from helpers.tiny_models import make_model
 from helpers.trainers import make_trainer, save_adapter, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ft_datasets.prompt import AlpacaWords
+from ft_datasets.chat_encoder import ChatEncoder
+from ft_datasets.conversation import messages_of
+from ft_datasets.prompt import AlpacaWords, choose_template
 from ft_datasets.tokenizer import Tokenizer
 from utils.model.folder import ModelFolder
 from utils.results.gguf import GgufFile
@@ -114,6 +118,21 @@ def test_byte_level_tokens_and_chats(tmp_path, splitting):
         assert llama_cpp.ids(text) == tokenizer.encode(text), text
     assert llama_cpp.ask("/props")["chat_template"] == CHATML
     check_chats(llama_cpp, tmp_path)
+
+
+@pytest.mark.parametrize("form", TEMPLATES)
+def test_every_form_of_prompt_is_the_same_in_llama_cpps_own_jinja(form, tmp_path):
+    base, folder = chat_model(tmp_path / "base", form), tmp_path / "model"
+    shutil.copytree(base, folder)
+    template = choose_template("model", base, Tokenizer(base), "2026-11-27")
+    copy_tokenizer(base, folder, template)
+    llama_cpp, encoder = convert(folder), ChatEncoder(template, Tokenizer(base))
+    for history in ([], [("一", "  二\n")], [("1", "2"), ("第一行\n第二行", "🎉")]):
+        for system in ("", "规则。") if form != "mistral" else ("",):
+            messages = messages_of("a  b", history, system)
+            as_dicts = [{"role": message.role, "content": message.text} for message in messages]
+            prompt = llama_cpp.ask("/apply-template", {"messages": as_dicts})["prompt"]
+            assert llama_cpp.ids(prompt, with_special_tokens=True) == encoder.prompt_ids(messages)
 
 
 def test_what_is_merged_answers_in_llama_cpp_as_base_and_adapter_do(tiny_model, tmp_path):
