@@ -23,11 +23,20 @@ class MergeConfig:
     quantization: Quantization | None = field(default=None, metadata=QUANTIZATION_FLAG)
     """Merge into the weights as this quantization rounds them, that is, into exactly what the adapter was trained over.
     Without it, into the original weights."""
+    verify: bool = True
+    """Read the written model again and compare it with base and adapter: tokens, logits, losses. What is not the same
+    is refused, and what was found stands in merge_report.json."""
+    verify_prompts: int = 16
+    """On how many conversations held out of the run's data; where they are gone, on others."""
 
     def problems(self) -> Iterator[str]:
         """What is out of range."""
         if self.shard_gb <= 0:
             yield _("--shard_gb {value}: must be above 0", value=self.shard_gb)
+        if self.verify_prompts < 1:
+            yield _(
+                "--{name} {value}: must be at least {least}", name="verify_prompts", value=self.verify_prompts, least=1
+            )
 
 
 @dataclass

@@ -5,10 +5,13 @@
 
 Works tensor by tensor: memory holds one shard of the merged model at a time, whatever the model's size, and no GPU is
 needed. The sum W + scale * B A is formed in fp32 and rounded once; in a bf16 model so that small updates count.
+
+Then the written folder is read again and compared with base and adapter, a layer at a time (--verify).
 """
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -42,18 +45,29 @@ def main(**settings: Any) -> Path:
     """
     config = configure(MergeConfig, settings)
 
+    from ft_datasets.chat_encoder import ChatEncoder
     from ft_datasets.tokenizer import Tokenizer
     from utils.model.folder import ModelFolder
     from utils.results.adapter_folder import check_adapter_folder, template_of
+    from utils.results.merge_proof import leave_unproved, prove
     from utils.results.merging import merge
 
     adapter, output = Path(config.peft_model), Path(config.output_dir)
     base = ModelFolder(config.base_model)
     check_adapter_folder(adapter)
-    template = template_of(adapter, base, Tokenizer(base.path))
+    tokenizer = Tokenizer(base.path)
+    template = template_of(adapter, base, tokenizer)
+    say = partial(print, flush=True)
 
-    print(_("Merging {adapter} into {base} …", adapter=adapter, base=base.path), flush=True)
-    size = merge(base, adapter, output, template, config.shard_gb, config.quantization)
+    def check(folder: Path) -> None:
+        if config.verify:
+            encoder = ChatEncoder(template, tokenizer)
+            prove(folder, base, adapter, encoder, config.quantization, config.verify_prompts, say)
+        else:
+            leave_unproved(folder, say)
+
+    say(_("Merging {adapter} into {base} …", adapter=adapter, base=base.path))
+    size = merge(base, adapter, output, template, config.shard_gb, config.quantization, check)
     print(
         _(
             "Done: {folder} ({size} GB). Talk to it:  python generate.py --base_model {folder} --lora_weights ''",

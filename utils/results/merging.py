@@ -1,10 +1,12 @@
 """A LoRA adapter merged into its base model, tensor by tensor."""
 
+import errno
 import math
+import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -148,11 +150,13 @@ def merge(
     template: PromptTemplate,
     shard_gb: float,
     quantization: Quantization | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> int:
     """Write the merged model as a hub repository would hold it; the folder appears whole or not at all.
 
     Args:
         quantization: merge into the base's decoder weights as this quantization rounds them.
+        check: is given the folder that all is written in, before it becomes `output`; what it raises leaves nothing.
 
     Returns:
         Bytes of the weights.
@@ -165,6 +169,8 @@ def merge(
         raise UserError(_("{folder} is not empty. Give another --output_dir, or remove it.", folder=output))
     staging = output.with_name(output.name + ".unfinished")
     try:
+        if output.exists() and not output.is_dir():  # told before the work is done
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         free = free_space(staging)
@@ -181,6 +187,8 @@ def merge(
         delta.check_all_used()
         if (adapter / TRAINING_CONFIG).is_file():  # generate.py finds the prompt template there
             shutil.copyfile(adapter / TRAINING_CONFIG, staging / TRAINING_CONFIG)
+        if check:
+            check(staging)
         make_readable(staging)
         if output.is_dir():
             output.rmdir()
