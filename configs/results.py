@@ -23,6 +23,9 @@ class MergeConfig:
     quantization: Quantization | None = field(default=None, metadata=QUANTIZATION_FLAG)
     """Merge into the weights as this quantization rounds them, that is, into exactly what the adapter was trained over.
     Without it, into the original weights."""
+    save_quantized: Quantization | None = field(default=None, metadata=QUANTIZATION_FLAG)
+    """Store the merged decoder weights in int8 (8bit) or NF4 (4bit), as bitsandbytes does; transformers and vLLM load
+    them. Without it, in the precision of the base's files."""
     verify: bool = True
     """Read the written model again and compare it with base and adapter: tokens, logits, losses. What is not the same
     is refused, and what was found stands in merge_report.json."""

@@ -62,19 +62,23 @@ def main(**settings: Any) -> Path:
     def check(folder: Path) -> None:
         if config.verify:
             encoder = ChatEncoder(template, tokenizer)
-            prove(folder, base, adapter, encoder, config.quantization, config.verify_prompts, say)
+            kinds = (config.quantization, config.save_quantized)
+            prove(folder, base, adapter, encoder, *kinds, config.verify_prompts, say)
         else:
             leave_unproved(folder, say)
 
     say(_("Merging {adapter} into {base} …", adapter=adapter, base=base.path))
-    size = merge(base, adapter, output, template, config.shard_gb, config.quantization, check)
-    print(
-        _(
-            "Done: {folder} ({size} GB). Talk to it:  python generate.py --base_model {folder} --lora_weights ''",
-            folder=output,
-            size=f"{size / 1e9:.2f}",
+    size = merge(base, adapter, output, template, config.shard_gb, config.quantization, config.save_quantized, check)
+    facts = {"folder": output, "size": f"{size / 1e9:.2f}"}
+    if config.save_quantized:
+        say(_("Done: {folder} ({size} GB), for vLLM, and for transformers with bitsandbytes.", **facts))
+    else:
+        say(
+            _(
+                "Done: {folder} ({size} GB). Talk to it:  python generate.py --base_model {folder} --lora_weights ''",
+                **facts,
+            )
         )
-    )
     return output
 
 

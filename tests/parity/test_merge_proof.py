@@ -1,5 +1,6 @@
 """A merged folder is read again before it is handed over, and one that is not base + adapter is refused."""
 
+import importlib
 import json
 import shutil
 import warnings
@@ -12,11 +13,13 @@ import torch
 from helpers.records import alpaca_encoder, record
 from helpers.tiny_models import make_model
 from helpers.trainers import make_trainer, save_adapter, train
-from transformers import LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from configs.errors import UserError
 from ft_datasets.loading import load_data
 from utils.model.folder import ModelFolder
+from utils.model.quantization import rounded_weight
 from utils.results.merge_ids import compare_ids
 from utils.results.merge_measures import measure
 from utils.results.merge_proof import prove
@@ -44,15 +47,15 @@ def run(tiny_model, data_file, tmp_path_factory):
     return trained(tiny_model, data_file, tmp_path_factory.mktemp("proof") / "adapter")
 
 
-def merge_and_prove(run, output, quantization=None, count=8, **more) -> list[str]:
+def merge_and_prove(run, output, quantization=None, save_quantized=None, count=8, **more) -> list[str]:
     """What the proof says."""
     said: list[str] = []
     base = ModelFolder(run.base)
 
     def check(folder):
-        prove(folder, base, run.folder, run.encoder, quantization, count, said.append, **more)
+        prove(folder, base, run.folder, run.encoder, quantization, save_quantized, count, said.append, **more)
 
-    merge(base, run.folder, output, run.encoder.template, 4.0, quantization, check)
+    merge(base, run.folder, output, run.encoder.template, 4.0, quantization, save_quantized, check)
     return said
 
 
@@ -221,12 +224,69 @@ def test_of_a_base_that_was_quantised_in_training_both_errors_are_told(tiny_mode
     for into in (None, quantization):
         said = merge_and_prove(quantized, tmp_path / f"into-{into}", into)
         report = report_of(tmp_path / f"into-{into}")
-        own, other = ("quantized", "original") if into else ("original", "quantized")
+        own, other = (quantization, "original") if into else ("original", quantization)
         logits, loss = report["logits"], report["loss"]
         assert logits[f"error_over_{own}_base"] == logits["error"] < 1e-3 < logits[f"error_over_{other}_base"]
         assert loss["merged"] == pytest.approx(loss["quantized_adapted" if into else "adapted"], abs=1e-3)
         assert loss["quantized_base"] != loss["base"]
-        assert [line.split(":")[0] for line in said[-2:]] == ["Over the original base", "Over the quantized base"]
+        precisions = ["its own precision", quantization]
+        assert [line.split(":")[0] for line in said[-2:]] == [f"Over the base in {each}" for each in precisions]
+
+
+def stored_by_transformers(folder, kind) -> dict[str, torch.Tensor]:
+    """The tensors that transformers itself would write of a model that it has quantised with bitsandbytes."""
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    config = BitsAndBytesConfig(load_in_8bit=True) if kind == "8bit" else BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).state_dict()
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_stored_in_fewer_bits_it_is_what_transformers_writes_and_loads(tiny_model, data_file, tmp_path, kind):
+    strong = trained(tiny_model, data_file, tmp_path / "adapter", lr=0.05, num_epochs=4)
+    merge_and_prove(strong, tmp_path / "plain")
+    merge_and_prove(strong, tmp_path / "stored", save_quantized=kind)
+    found, expected = (
+        load_file(tmp_path / "stored" / "model.safetensors"),
+        stored_by_transformers(tmp_path / "plain", kind),
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if tensor.dtype == torch.int8:  # which transformers takes from fp16
+            assert (found[name].int() - tensor.int()).abs().max() <= 1, name
+        else:
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=0, msg=name)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "stored")
+    assert type(loaded.model.layers[1].mlp.up_proj).__name__ == {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}[kind]
+    report = report_of(tmp_path / "stored")
+    examples = [each for each in strong.data.held_out if each.number in report["prompts"]["records"]]
+    # In eval mode bitsandbytes' int8 rounds activations as well, on a CPU.
+    assert loss_of(answer_logits(loaded.eval(), examples), examples) == pytest.approx(
+        report["loss"]["merged"], rel=0.02
+    )
+    assert report["logits"]["limit"] == 0.2
+    assert report["logits"]["error"] == report["logits"][f"error_over_{kind}_base"] > 0
+
+    rounded = whole(tmp_path / "plain")
+    for module in rounded.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = rounded_weight(module.weight.data, kind)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stored")
+    question = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "请说出第7个数字。"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    answers = [
+        tokenizer.decode(model.generate(**question, max_new_tokens=12, do_sample=False)[0])
+        for model in (loaded, rounded)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_stored_in_too_few_bits_for_a_weak_adapter_it_is_refused(tiny_model, data_file, tmp_path):
+    weak = trained(tiny_model, data_file, tmp_path / "adapter", lr=1e-4, num_epochs=1)
+    with pytest.raises(UserError, match=r"20 % is the limit(.|\n)*In 4bit, too little is left"):
+        merge_and_prove(weak, tmp_path / "stored", save_quantized="4bit")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_in_bf16_the_error_is_held_to_what_rounding_does(data_file, tmp_path, monkeypatch):
@@ -307,3 +367,29 @@ def test_adapters_of_every_shape_are_proved(run, tiny_model, tmp_path, settings)
     one = SimpleNamespace(base=tiny_model, folder=tmp_path / "adapter", encoder=run.encoder)
     merge_and_prove(one, tmp_path / "merged")
     assert report_of(tmp_path / "merged")["logits"]["error"] < 1e-3
+
+
+def test_the_command_verifies_unless_it_is_told_not_to(run, tmp_path, monkeypatch, capsys):
+    command = importlib.import_module("inference.hf-text-generation-inference.merge_lora_weights").main
+    # The run's own account of its base, which the command looks at before it merges.
+    adapter = shutil.copytree(run.folder, tmp_path / "adapter")
+    base = ModelFolder(run.base)
+    identity = BaseIdentity(base.fingerprint(), base.digests, base.sha256())
+    write_training_config(adapter, describe_run(run.config, run.encoder, identity))
+    flags = {"base_model": str(run.base), "peft_model": str(adapter)}
+
+    command(**flags, output_dir=str(tmp_path / "one"), verify_prompts=3)
+    report = report_of(tmp_path / "one")
+    assert report["verified"] is True and len(report["prompts"]["records"]) == 3
+    out = capsys.readouterr().out
+    assert all(line in out for line in report["verdict"])
+    assert report["verdict"][0].startswith("Verified on 3 prompts held out of the data: transformers reads 3 of 3 ")
+
+    command(**flags, output_dir=str(tmp_path / "two"), verify=False)
+    assert report_of(tmp_path / "two") == {"verified": False, "verdict": ["Not verified: --verify False."]}
+    assert "Not verified: --verify False." in capsys.readouterr().out
+
+    half_scale(monkeypatch)
+    with pytest.raises(UserError, match="is not kept: its logits are off by"):
+        command(**flags, output_dir=str(tmp_path / "three"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "one", "two"]

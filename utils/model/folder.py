@@ -74,15 +74,19 @@ class ModelFolder:
                     supported=", ".join(FAMILIES),
                 )
             )
+        self._check_weights(config)
+        return config
+
+    def _check_weights(self, config: dict[str, Any]) -> None:
+        """Refuse weights that can't be computed with."""
         if "quantization_config" in config:
             raise UserError(
                 _(
                     "{folder} holds weights that are quantized already. Take the repository with the original weights; "
                     "--quantization (or --load_8bit, --load_4bit) quantizes them while loading.",
-                    folder=path,
+                    folder=self.path,
                 )
             )
-        return config
 
     def _find_tensors(self) -> dict[str, Path]:
         """Tensor name -> the file that holds it; safetensors are preferred to .bin."""

@@ -22,7 +22,7 @@ ReadTensor = Callable[[str], torch.Tensor]
 Way = Callable[[nn.Module], AbstractContextManager[object]]
 """A context in which a part of a model, whose weights are there, is computed in one of several ways."""
 
-LOGIT_BYTES = 2**28
+LOGIT_BYTES = 2**26
 """Bytes of the logits that are held of each way at a time."""
 
 

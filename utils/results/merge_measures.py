@@ -20,7 +20,7 @@ from utils.results.merging import PREFIX, rounded_sum
 
 BASE, ADAPTED, MERGED, ROUNDED = "base", "adapted", "merged", "rounded"
 QUANTIZED = "quantized_"
-"""Before the first two, where the base is quantised."""
+"""Before the first two: the base is quantised."""
 
 ROUNDING_SEED = 0x5EED
 
@@ -42,6 +42,11 @@ class Measures:
     squares: dict[tuple[str, str], torch.Tensor]
     is_equal: torch.Tensor
     margins: torch.Tensor
+
+    @property
+    def overs(self) -> list[str]:
+        """Over which bases the adapter was computed: '' and QUANTIZED."""
+        return [over for over in ("", QUANTIZED) if over + ADAPTED in self.losses]
 
     def loss(self, computed: str) -> float:
         """The mean loss a token."""
@@ -78,11 +83,11 @@ def measure(
 
     Args:
         quantization: also by the base as this one rounds it, with and without the adapter.
-        reference: QUANTIZED or '': which of the two bases the adapter was merged into.
+        reference: QUANTIZED or '': over which of the two bases the adapter is what the merged model is held to.
         budget_seconds: see Comparison. Of examples that are left out nothing is in the result.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_coarse = merged.tensor("model.embed_tokens.weight").dtype == torch.bfloat16
+    is_coarse = merged.tensor("model.layers.0.self_attn.o_proj.weight").dtype == torch.bfloat16
     models = [
         StreamedModel(empty_base_model(merged, torch.float32), _reader(merged, {}), {MERGED: _as_it_is}, device),
         _with_adapter(base, adapter, device, "", None, is_coarse and not reference),

@@ -16,12 +16,15 @@ from utils.model.folder import ModelFolder
 from utils.results.merge_ids import IdCount, compare_ids
 from utils.results.merge_measures import ADAPTED, BASE, MERGED, QUANTIZED, ROUNDED, Measures, measure
 from utils.results.merge_prompts import Prompts, choose_prompts
+from utils.results.quantized_folder import QuantizedFolder
 from utils.runs.description import read_training_config
 
 MERGE_REPORT = "merge_report.json"
 
 LARGEST_ERROR = 0.05
 """Of a merged model's logits, as a share of what the adapter moves."""
+LARGEST_QUANTIZED_ERROR = 0.2
+"""The same where the merged weights are stored in fewer bits."""
 ROUNDINGS = 2.0
 """In bf16 rounding alone may move more: the error may be so many times that of another merge that is rounded alike."""
 BUDGET_SECONDS = 600.0
@@ -33,14 +36,17 @@ class Proof:
     """What has been found out about a merged folder.
 
     Attributes:
-        reference: which base the adapter was merged into: '' = as it is, or QUANTIZED.
-        kept: on how many of the examples the logits were compared.
+        quantization: of the base over which the adapter was computed as well; None = over the original one alone.
+        save_quantized: as which the merged weights are stored; None = in the base's own dtype.
+        reference: which of the two the merged model is held to: '' = the original one, or QUANTIZED.
         limit: of the error.
     """
 
     prompts: Prompts
     ids: IdCount
     measures: Measures
+    quantization: Quantization | None
+    save_quantized: Quantization | None
     reference: str
     limit: float
 
@@ -60,7 +66,7 @@ class Proof:
                 "its logits are off by {error} of what the adapter moves, and {limit} is the limit.",
                 error=_percent(self.error),
                 limit=_percent(self.limit),
-            )
+            ) + "\n".join(["", *self._over_each_base(), *self._advice()])
         return ""
 
     def verdict(self) -> list[str]:
@@ -70,7 +76,7 @@ class Proof:
             "training": _("of the training data"),
             "built in": _("built in"),
         }
-        lengths, losses = self.measures.lengths, self.measures.losses
+        lengths = self.measures.lengths
         lines = [
             _(
                 "Verified on {count} prompts {whence}: transformers reads {equal} of {total} conversations as the "
@@ -95,30 +101,19 @@ class Proof:
                     equal=self.ids.spelling_equal,
                 )
             )
-        for over in ("", QUANTIZED):
-            if over + ADAPTED in losses:
-                lines.append(
-                    _(
-                        "Over the {kind} base: off by {error}; loss {base} without the adapter, {adapted} with it, "
-                        "{merged} merged.",
-                        kind=_("quantized") if over else _("original"),
-                        error=_percent(self.measures.error(MERGED, over)),
-                        base=f"{self.measures.loss(over + BASE):.4f}",
-                        adapted=f"{self.measures.loss(over + ADAPTED):.4f}",
-                        merged=f"{self.measures.loss(MERGED):.4f}",
-                    )
-                )
-        return lines
+        return [*lines, *self._over_each_base()]
 
     def report(self) -> dict[str, Any]:
         """What merge_report.json holds."""
         measures, kept = self.measures, len(self.measures.lengths)
-        overs = [over for over in ("", QUANTIZED) if over + ADAPTED in measures.losses]
         logits = {"error": self.error, "limit": self.limit}
         if ROUNDED in measures.losses:
             logits["error_of_rounding"] = measures.error(ROUNDED, self.reference)
-        if len(overs) > 1:
-            logits |= {f"error_over_{_kind(over)}_base": measures.error(MERGED, over) for over in overs}
+        if self.quantization:
+            logits |= {
+                "error_over_original_base": measures.error(MERGED),
+                f"error_over_{self.quantization}_base": measures.error(MERGED, QUANTIZED),
+            }
         return {
             "prompts": {
                 "origin": self.prompts.origin,
@@ -140,6 +135,32 @@ class Proof:
                 "prompts": self._divergences(),
             },
         }
+
+    def _over_each_base(self) -> list[str]:
+        """Errors and losses, a line for each base over which the adapter was computed."""
+        return [
+            _(
+                "Over the base in {precision}: off by {error}; loss {base} without the adapter, {adapted} with it, "
+                "{merged} merged.",
+                precision=self.quantization if over else _("its own precision"),
+                error=_percent(self.measures.error(MERGED, over)),
+                base=f"{self.measures.loss(over + BASE):.4f}",
+                adapted=f"{self.measures.loss(over + ADAPTED):.4f}",
+                merged=f"{self.measures.loss(MERGED):.4f}",
+            )
+            for over in self.measures.overs
+        ]
+
+    def _advice(self) -> list[str]:
+        if not self.save_quantized:
+            return []
+        return [
+            _(
+                "In {precision}, too little is left of what the adapter changes. Leave --save_quantized out, or let "
+                "base and adapter be served together.",
+                precision=self.save_quantized,
+            )
+        ]
 
     def _divergences(self) -> list[dict[str, Any]]:
         """For each prompt, along the given answer: where the likeliest next token first differs, and how narrowly."""
@@ -169,6 +190,7 @@ def prove(
     adapter: Path,
     encoder: ChatEncoder,
     quantization: Quantization | None,
+    save_quantized: Quantization | None,
     count: int,
     say: Callable[[str], None],
     budget_seconds: float = BUDGET_SECONDS,
@@ -178,6 +200,7 @@ def prove(
     Args:
         folder: where the merged model lies.
         quantization: as which the base's weights were rounded before.
+        save_quantized: as which the merged ones are stored.
         encoder: training's prompt template with its tokenizer.
         count: of examples to compare.
         say: is told what is done, and the verdict.
@@ -199,14 +222,17 @@ def prove(
                 records=name_records(ids.other),
             )
         )
-    trained = (read_training_config(adapter) or {}).get("settings", {}).get("quantization")
-    reference = QUANTIZED if quantization else ""
+    trained_over = (read_training_config(adapter) or {}).get("settings", {}).get("quantization")
+    compared_over = quantization or save_quantized or trained_over
+    # What is stored in fewer bits is compared with the adapter over a base in as many: what these bits cost the base is
+    # no error of the merge, and is told by the losses.
+    reference = QUANTIZED if quantization or save_quantized else ""
     measures = measure(
         base,
         adapter,
-        ModelFolder(folder),
+        QuantizedFolder(folder) if save_quantized else ModelFolder(folder),
         prompts.examples,
-        quantization=quantization or trained,
+        quantization=compared_over,
         reference=reference,
         budget_seconds=budget_seconds,
     )
@@ -219,10 +245,10 @@ def prove(
                 kept=len(measures.lengths),
             )
         )
-    limit = LARGEST_ERROR
+    limit = LARGEST_QUANTIZED_ERROR if save_quantized else LARGEST_ERROR
     if ROUNDED in measures.losses:
         limit = max(limit, ROUNDINGS * measures.error(ROUNDED, reference))
-    proof = Proof(prompts, ids, measures, reference, limit)
+    proof = Proof(prompts, ids, measures, compared_over, save_quantized, reference, limit)
     if problem := proof.problem():
         raise _refusal(problem)
     verdict = proof.verdict()
@@ -247,10 +273,6 @@ def _refusal(problem: str) -> UserError:
             problem=problem,
         )
     )
-
-
-def _kind(over: str) -> str:
-    return "quantized" if over else "original"
 
 
 def _percent(share: float) -> str:

@@ -25,7 +25,8 @@ from utils.model.quantization import rounded_weight
 from utils.model.rounding import round_stochastically
 from utils.model.tensor_files import open_tensors
 from utils.results.adapter_folder import check_whole_base
-from utils.results.model_files import make_readable, write_model
+from utils.results.model_files import make_readable, stored_dtype, write_model
+from utils.results.quantized_folder import describe_quantized, quantized_tensors
 from utils.runs.description import TRAINING_CONFIG
 
 PREFIX = "base_model.model."
@@ -150,12 +151,14 @@ def merge(
     template: PromptTemplate,
     shard_gb: float,
     quantization: Quantization | None = None,
+    save_quantized: Quantization | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> int:
     """Write the merged model as a hub repository would hold it; the folder appears whole or not at all.
 
     Args:
         quantization: merge into the base's decoder weights as this quantization rounds them.
+        save_quantized: as what to store the merged decoder weights; None = in the dtype of the base's.
         check: is given the folder that all is written in, before it becomes `output`; what it raises leaves nothing.
 
     Returns:
@@ -183,7 +186,12 @@ def merge(
                     free=f"{free / 1e9:.1f}",
                 )
             )
-        size = write_model(base.path, _merged(base, delta, quantization), staging, template, shard_gb * 1e9)
+        tensors = _merged(base, delta, quantization)
+        if save_quantized:
+            tensors = quantized_tensors(tensors, save_quantized)
+        size = write_model(base.path, tensors, staging, template, shard_gb * 1e9)
+        if save_quantized:
+            describe_quantized(staging, save_quantized, stored_dtype(base.path))
         delta.check_all_used()
         if (adapter / TRAINING_CONFIG).is_file():  # generate.py finds the prompt template there
             shutil.copyfile(adapter / TRAINING_CONFIG, staging / TRAINING_CONFIG)
