@@ -31,13 +31,27 @@ class MergeConfig:
     quantization: Quantization | None = field(default=None, metadata=QUANTIZATION_FLAG)
     """Merge into the weights as this quantization rounds them, that is, into exactly what the adapter was trained over.
     Without it, into the original weights."""
+    save_quantized: Quantization | None = field(default=None, metadata=QUANTIZATION_FLAG)
+    """Store the merged decoder weights in int8 (8bit) or NF4 (4bit), as bitsandbytes does; transformers and vLLM load
+    them. Without it, in the precision of the base's files."""
+    verify: bool = True
+    """Read the written model again and compare it with base and adapter: tokens, logits, losses. What is not the same
+    is refused, and what was found stands in merge_report.json."""
+    verify_prompts: int = 16
+    """On how many conversations held out of the run's data; where they are gone, on others."""
 
     def problems(self) -> Iterator[str]:
         """What is out of range."""
         if self.shard_gb <= 0:
             yield _("--shard_gb {value}: must be above 0", value=self.shard_gb)
-        if not self.peft_model and self.quantization:
+        if not self.peft_model and (self.quantization or self.save_quantized):
             yield _("--quantization: only what is merged is rounded; --gguf_type says how a model is converted")
+        if self.save_quantized and self.format == "gguf":
+            yield _("--save_quantized has its own form: for --format gguf there is --gguf_type q8_0 and others")
+        if self.verify_prompts < 1:
+            yield _(
+                "--{name} {value}: must be at least {least}", name="verify_prompts", value=self.verify_prompts, least=1
+            )
 
 
 @dataclass

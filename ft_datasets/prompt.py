@@ -176,7 +176,7 @@ class PromptTemplate:
 
         try:
             (text,), _spans = render_jinja_template(
-                [[self._as_dict(message) for message in messages]],
+                [[self.as_dict(message) for message in messages]],
                 chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
                 **special_tokens,
@@ -190,7 +190,8 @@ class PromptTemplate:
         """Whether it has a place of its own for what Alpaca's records give beside an instruction."""
         return "message['input']" in self.source
 
-    def _as_dict(self, message: Message) -> dict[str, str]:
+    def as_dict(self, message: Message) -> dict[str, str]:
+        """A message as the template takes it, and as whatever serves the model is given it."""
         if not message.input:
             return {"role": message.role, "content": message.text}
         if self.takes_input:

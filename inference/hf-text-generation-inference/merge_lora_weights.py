@@ -8,10 +8,13 @@ merging is converted with --peft_model ''.
 
 Works tensor by tensor: memory holds one shard of the merged model at a time, whatever the model's size, and no GPU is
 needed. The sum W + scale * B A is formed in fp32 and rounded once; in a bf16 model so that small updates count.
+
+Then the written folder is read again and compared with base and adapter, a layer at a time (--verify).
 """
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -48,9 +51,11 @@ def main(**settings: Any) -> Path:
     """
     config = configure(MergeConfig, settings)
 
+    from ft_datasets.chat_encoder import ChatEncoder
     from ft_datasets.tokenizer import Tokenizer
     from utils.model.folder import ModelFolder
     from utils.results.adapter_folder import check_adapter_folder, template_of
+    from utils.results.merge_proof import leave_unproved, prove
     from utils.results.merging import merge
 
     adapter, output = Path(config.peft_model), Path(config.output_dir)
@@ -65,17 +70,30 @@ def main(**settings: Any) -> Path:
     elif not config.peft_model:
         raise UserError(_("--peft_model '': nothing to merge; --format gguf converts a model as it is"))
     check_adapter_folder(adapter)
-    template = template_of(adapter, base, Tokenizer(base.path))
+    tokenizer = Tokenizer(base.path)
+    template = template_of(adapter, base, tokenizer)
+    say = partial(print, flush=True)
 
-    print(_("Merging {adapter} into {base} …", adapter=adapter, base=base.path), flush=True)
-    size = merge(base, adapter, output, template, config.shard_gb, config.quantization)
-    print(
-        _(
-            "Done: {folder} ({size} GB). Talk to it:  python generate.py --base_model {folder} --lora_weights ''",
-            folder=output,
-            size=f"{size / 1e9:.2f}",
+    def check(folder: Path) -> None:
+        if config.verify:
+            encoder = ChatEncoder(template, tokenizer)
+            kinds = (config.quantization, config.save_quantized)
+            prove(folder, base, adapter, encoder, *kinds, config.verify_prompts, say)
+        else:
+            leave_unproved(folder, say)
+
+    say(_("Merging {adapter} into {base} …", adapter=adapter, base=base.path))
+    size = merge(base, adapter, output, template, config.shard_gb, config.quantization, config.save_quantized, check)
+    facts = {"folder": output, "size": f"{size / 1e9:.2f}"}
+    if config.save_quantized:
+        say(_("Done: {folder} ({size} GB), for vLLM, and for transformers with bitsandbytes.", **facts))
+    else:
+        say(
+            _(
+                "Done: {folder} ({size} GB). Talk to it:  python generate.py --base_model {folder} --lora_weights ''",
+                **facts,
+            )
         )
-    )
     if config.format == "gguf":
         convert(GgufFile(ModelFolder(output), config.gguf_type), output)
     return output

@@ -43,6 +43,25 @@ def run_plain(layer: nn.Module, hidden: torch.Tensor, activations: Activations, 
     return layer(hidden, **arguments)
 
 
+def layer_arguments(
+    decoder: nn.Module, hidden: torch.Tensor, position_ids: torch.Tensor, segments: Segments
+) -> dict[str, Any]:
+    """What each layer is given beside its input.
+
+    Args:
+        decoder: the module that has the layers.
+        hidden: [1, length, hidden_size], for its dtype and device.
+        position_ids: [length], counted anew in every example.
+        segments: where the row's examples lie.
+    """
+    return {
+        "attention_mask": None,
+        "position_ids": position_ids.unsqueeze(0),
+        "position_embeddings": _position_embeddings(decoder.rotary_emb, hidden, position_ids, segments),
+        "segments": segments,
+    }
+
+
 def forward_hidden(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -66,12 +85,7 @@ def forward_hidden(
     decoder = causal_lm(model).model
     hidden = decoder.embed_tokens(input_ids.unsqueeze(0))
     segments = segments or Segments.of([len(input_ids)], hidden.device)
-    arguments: dict[str, Any] = {
-        "attention_mask": None,
-        "position_ids": position_ids.unsqueeze(0),
-        "position_embeddings": _position_embeddings(decoder.rotary_emb, hidden, position_ids, segments),
-        "segments": segments,
-    }
+    arguments = layer_arguments(decoder, hidden, position_ids, segments)
     pasts = pasts or [NO_PAST for _layer in decoder.layers]
     places = activations or [Kept() for _layer in decoder.layers]
     for layer, past, place in zip(decoder.layers, pasts, places, strict=True):

@@ -75,14 +75,6 @@ class ModelFolder:
                     supported=", ".join(FAMILIES),
                 )
             )
-        if "quantization_config" in config:
-            raise UserError(
-                _(
-                    "{folder} holds weights that are quantized already. Take the repository with the original weights; "
-                    "--quantization (or --load_8bit, --load_4bit) quantizes them while loading.",
-                    folder=path,
-                )
-            )
         if found := not_computed(config):
             key, value = found
             raise UserError(
@@ -97,7 +89,19 @@ class ModelFolder:
                     kinds=", ".join(ROPE_KINDS),
                 )
             )
+        self._check_weights(config)
         return config
+
+    def _check_weights(self, config: dict[str, Any]) -> None:
+        """Refuse weights that can't be computed with."""
+        if "quantization_config" in config:
+            raise UserError(
+                _(
+                    "{folder} holds weights that are quantized already. Take the repository with the original weights; "
+                    "--quantization (or --load_8bit, --load_4bit) quantizes them while loading.",
+                    folder=self.path,
+                )
+            )
 
     def depends_on_length(self, tokens: int) -> bool:
         """Whether the angles of a text of so many tokens are others than those of a shorter one that begins alike."""

@@ -1,10 +1,12 @@
 """A LoRA adapter merged into its base model, tensor by tensor."""
 
+import errno
 import math
+import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from utils.model.quantization import rounded_weight
 from utils.model.rounding import round_stochastically
 from utils.model.tensor_files import open_tensors
 from utils.results.adapter_folder import check_whole_base
-from utils.results.model_files import make_readable, write_model
+from utils.results.model_files import make_readable, stored_dtype, write_model
+from utils.results.quantized_folder import describe_quantized, quantized_tensors
 from utils.runs.description import TRAINING_CONFIG
 
 PREFIX = "base_model.model."
@@ -153,11 +156,15 @@ def merge(
     template: PromptTemplate,
     shard_gb: float,
     quantization: Quantization | None = None,
+    save_quantized: Quantization | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> int:
     """Write the merged model as a hub repository would hold it; the folder appears whole or not at all.
 
     Args:
         quantization: merge into the base's decoder weights as this quantization rounds them.
+        save_quantized: as what to store the merged decoder weights; None = in the dtype of the base's.
+        check: is given the folder that all is written in, before it becomes `output`; what it raises leaves nothing.
 
     Returns:
         Bytes of the weights.
@@ -170,6 +177,8 @@ def merge(
         raise UserError(_("{folder} is not empty. Give another --output_dir, or remove it.", folder=output))
     staging = output.with_name(output.name + ".unfinished")
     try:
+        if output.exists() and not output.is_dir():  # told before the work is done
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         free = free_space(staging)
@@ -182,10 +191,17 @@ def merge(
                     free=f"{free / 1e9:.1f}",
                 )
             )
-        size = write_model(base.path, _merged(base, delta, quantization), staging, template, shard_gb * 1e9)
+        tensors = _merged(base, delta, quantization)
+        if save_quantized:
+            tensors = quantized_tensors(tensors, save_quantized)
+        size = write_model(base.path, tensors, staging, template, shard_gb * 1e9)
+        if save_quantized:
+            describe_quantized(staging, save_quantized, stored_dtype(base.path))
         delta.check_all_used()
         if (adapter / TRAINING_CONFIG).is_file():  # generate.py finds the prompt template there
             shutil.copyfile(adapter / TRAINING_CONFIG, staging / TRAINING_CONFIG)
+        if check:
+            check(staging)
         make_readable(staging)
         if output.is_dir():
             output.rmdir()
