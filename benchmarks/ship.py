@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -39,6 +40,8 @@ def main() -> None:
         make_model(arguments.make_model, model, arguments.data, arguments.tokenizer)
 
     adapter, merged = work / "adapter", work / "merged"
+    for earlier in (merged, *work.glob("gguf-*")):
+        shutil.rmtree(earlier, ignore_errors=True)
     tune = (
         f"llama_finetuning.py --model_name {model} --alpaca_dataset.data_path {arguments.data} --output_dir {adapter} "
         f"--use_peft --quantization 4bit --lora_config.target_modules all-linear --max_steps {arguments.steps} "
@@ -56,6 +59,7 @@ def main() -> None:
     for row in rows:
         print(row)
     report = json.loads((merged / "merge_report.json").read_text(encoding="utf-8"))
+    del report["likeliest_next_token"]  # prompt by prompt
     print("\n" + json.dumps(report, ensure_ascii=False, indent=1))
 
 
