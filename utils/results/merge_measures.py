@@ -158,7 +158,7 @@ def _with_adapter(
         tensor = read(name)
         # As load_base_model quantises: the decoder's linear layers.
         is_rounded = quantization and name.startswith("model.layers.") and ".lora_" not in name and tensor.dim() == 2
-        return rounded_weight(tensor, quantization) if is_rounded else tensor
+        return rounded_weight(tensor.to(device), quantization) if is_rounded else tensor
 
     return StreamedModel(model, read_rounded, ways, device)
 
