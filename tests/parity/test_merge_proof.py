@@ -128,6 +128,8 @@ def test_the_errors_and_the_first_difference_are_those_of_whole_models(run, tmp_
     expected = ((merged - adapted).norm() / (adapted - plain).norm()).item()
     assert found.error("merged") == pytest.approx(expected, rel=1e-3) and expected > 0.2
     assert found.distance("merged", "base") == pytest.approx((merged - plain).norm().item(), rel=1e-3)
+    moved = (adapted - plain).flatten()
+    assert found.arrived() == pytest.approx(((merged - plain).flatten() @ moved / (moved @ moved)).item(), rel=1e-3)
     assert found.is_equal.tolist() == (adapted.argmax(-1) == merged.argmax(-1)).tolist()
     margins = [float(row.max() - row[other.argmax()]) for row, other in zip(adapted, merged, strict=True)]
     assert found.margins.tolist() == pytest.approx(margins, abs=1e-3) and max(margins) > 0.01
@@ -291,16 +293,20 @@ def test_stored_in_too_few_bits_for_a_weak_adapter_it_is_refused(tiny_model, dat
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_in_bf16_the_error_is_held_to_what_rounding_does(data_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("lr", "coarse"), [(1e-3, False), (5e-6, True)])
+def test_in_bf16_the_error_is_held_to_what_rounding_does(data_file, tmp_path, monkeypatch, lr, coarse):
     base = make_model(tmp_path / "base", layers=3, dtype="bfloat16")
-    small = trained(base, data_file, tmp_path / "adapter", lr=1e-3)
-    merge_and_prove(small, tmp_path / "merged")
+    adapter = trained(base, data_file, tmp_path / "adapter", lr=lr)
+    said = merge_and_prove(adapter, tmp_path / "merged")
     logits = report_of(tmp_path / "merged")["logits"]
     assert logits["limit"] == max(0.05, 2 * logits["error_of_rounding"])
     assert logits["error"] == pytest.approx(logits["error_of_rounding"], rel=0.3)
+    assert (logits["error"] > 0.1) == coarse
+    assert any("what rounding to bf16 does" in line for line in said) == (logits["error"] > 0.05)
+    assert logits["arrived"] == pytest.approx(1, abs=0.2)
     half_scale(monkeypatch)
-    with pytest.raises(UserError, match="off by"):
-        merge_and_prove(small, tmp_path / "half")
+    with pytest.raises(UserError, match=r"off by|has arrived"):
+        merge_and_prove(adapter, tmp_path / "half")
 
 
 def test_texts_that_spell_a_special_token_stand_apart(run, tmp_path):
