@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from helpers.chat_templates import chat_folder
 from helpers.records import alpaca_encoder, record
 from helpers.tiny_models import make_model, write_tokenizer_json
 from helpers.trainers import make_trainer, save_adapter, train
@@ -17,7 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from configs.errors import UserError
+from configs.training import TrainingConfig
+from ft_datasets.chat_encoder import ChatEncoder
 from ft_datasets.loading import load_data
+from ft_datasets.prompt import choose_template
+from ft_datasets.tokenizer import Tokenizer
 from utils.model.folder import ModelFolder
 from utils.model.quantization import rounded_weight
 from utils.results.merge_ids import compare_ids
@@ -401,3 +406,39 @@ def test_the_command_verifies_unless_it_is_told_not_to(run, tmp_path, monkeypatc
     with pytest.raises(UserError, match="is not kept: its logits are off by"):
         command(**flags, output_dir=str(tmp_path / "three"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "one", "two"]
+
+
+@pytest.mark.parametrize("form", ["chatml", "qwen3", "llama3", "mistral"])
+def test_conversations_in_the_models_own_template_are_proved(form, tmp_path):
+    """Of several turns, with an `input` or a system message; in Qwen3's words each answer is an example of its own."""
+    base = make_model(tmp_path / "base")
+    (base / "tokenizer.model").unlink()
+    shutil.copytree(chat_folder(tmp_path / "words", form), base, dirs_exist_ok=True)
+    rows = [
+        {
+            "instruction": f"  第{number}个\n数字 ",
+            "input": "前面的" * (number % 2),
+            "output": f"是{number}。",
+            "history": [["你是谁？", "我是<think>\n助手\n</think>\n\n小明。"]] * (number % 3),
+        }
+        for number in range(24)
+    ]
+    (tmp_path / "talks.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    tokenizer = Tokenizer(base)
+    encoder = ChatEncoder(choose_template("model", base, tokenizer, "2026-11-27"), tokenizer)
+    model = peft.get_peft_model(whole(base), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["v_proj"]))
+    torch.manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    settings = TrainingConfig(model_name=str(base), output_dir=str(tmp_path / "adapter"), use_peft=True, val_set_size=9)
+    settings.alpaca_dataset.data_path = str(tmp_path / "talks.json")
+    write_training_config(tmp_path / "adapter", describe_run(settings, encoder, BaseIdentity("")))
+    run = SimpleNamespace(base=base, folder=tmp_path / "adapter", encoder=encoder)
+    merge_and_prove(run, tmp_path / "merged", count=99)
+    report = report_of(tmp_path / "merged")
+    assert report["prompts"]["origin"] == "held out"
+    assert report["ids"] == {"conversations": 9, "equal": 9, "spelling_a_special_token": 0, "spelling_equal": 0}
+    assert (len(report["prompts"]["records"]) > 9) == (form == "qwen3")
+    assert report["logits"]["error"] < 1e-3
