@@ -364,14 +364,15 @@ def test_logits_in_pieces_are_those_in_one(run, tmp_path, monkeypatch):
         {"target_modules": ALL_LINEAR, "use_rslora": True, "rank_pattern": {"k_proj": 2}},
         {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "norm", "embed_tokens"]},
         {"target_modules": ["v_proj", "lm_head"]},
+        {"target_modules": ALL_LINEAR, "use_dora": True},
     ],
-    ids=["patterns", "whole modules", "head"],
+    ids=["patterns", "whole modules", "head", "dora"],
 )
 def test_adapters_of_every_shape_are_proved(run, tiny_model, tmp_path, settings):
     model = peft.get_peft_model(whole(tiny_model), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **settings))
     torch.manual_seed(7)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or "modules_to_save" in name:
+        if "lora_B" in name or "modules_to_save" in name or "magnitude" in name:
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
     with warnings.catch_warnings():  # PEFT tells that it saves an adapted head's base weight too
         warnings.simplefilter("ignore")
