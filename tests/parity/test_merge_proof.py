@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from helpers.chat_templates import chat_folder
 from helpers.records import alpaca_encoder, record
 from helpers.tiny_models import make_model, write_tokenizer_json
 from helpers.trainers import make_trainer, save_adapter, train
@@ -17,7 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from configs.errors import UserError
+from configs.training import TrainingConfig
+from ft_datasets.chat_encoder import ChatEncoder
 from ft_datasets.loading import load_data
+from ft_datasets.prompt import choose_template
+from ft_datasets.tokenizer import Tokenizer
 from utils.model.folder import ModelFolder
 from utils.model.quantization import rounded_weight
 from utils.results.merge_ids import compare_ids
@@ -128,6 +133,8 @@ def test_the_errors_and_the_first_difference_are_those_of_whole_models(run, tmp_
     expected = ((merged - adapted).norm() / (adapted - plain).norm()).item()
     assert found.error("merged") == pytest.approx(expected, rel=1e-3) and expected > 0.2
     assert found.distance("merged", "base") == pytest.approx((merged - plain).norm().item(), rel=1e-3)
+    moved = (adapted - plain).flatten()
+    assert found.arrived() == pytest.approx(((merged - plain).flatten() @ moved / (moved @ moved)).item(), rel=1e-3)
     assert found.is_equal.tolist() == (adapted.argmax(-1) == merged.argmax(-1)).tolist()
     margins = [float(row.max() - row[other.argmax()]) for row, other in zip(adapted, merged, strict=True)]
     assert found.margins.tolist() == pytest.approx(margins, abs=1e-3) and max(margins) > 0.01
@@ -291,16 +298,20 @@ def test_stored_in_too_few_bits_for_a_weak_adapter_it_is_refused(tiny_model, dat
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_in_bf16_the_error_is_held_to_what_rounding_does(data_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("lr", "coarse"), [(1e-3, False), (5e-6, True)])
+def test_in_bf16_the_error_is_held_to_what_rounding_does(data_file, tmp_path, monkeypatch, lr, coarse):
     base = make_model(tmp_path / "base", layers=3, dtype="bfloat16")
-    small = trained(base, data_file, tmp_path / "adapter", lr=1e-3)
-    merge_and_prove(small, tmp_path / "merged")
+    adapter = trained(base, data_file, tmp_path / "adapter", lr=lr)
+    said = merge_and_prove(adapter, tmp_path / "merged")
     logits = report_of(tmp_path / "merged")["logits"]
     assert logits["limit"] == max(0.05, 2 * logits["error_of_rounding"])
     assert logits["error"] == pytest.approx(logits["error_of_rounding"], rel=0.3)
+    assert (logits["error"] > 0.1) == coarse
+    assert any("what rounding to bf16 does" in line for line in said) == (logits["error"] > 0.05)
+    assert logits["arrived"] == pytest.approx(1, abs=0.2)
     half_scale(monkeypatch)
-    with pytest.raises(UserError, match="off by"):
-        merge_and_prove(small, tmp_path / "half")
+    with pytest.raises(UserError, match=r"off by|has arrived"):
+        merge_and_prove(adapter, tmp_path / "half")
 
 
 def test_texts_that_spell_a_special_token_stand_apart(run, tmp_path):
@@ -353,14 +364,15 @@ def test_logits_in_pieces_are_those_in_one(run, tmp_path, monkeypatch):
         {"target_modules": ALL_LINEAR, "use_rslora": True, "rank_pattern": {"k_proj": 2}},
         {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "norm", "embed_tokens"]},
         {"target_modules": ["v_proj", "lm_head"]},
+        {"target_modules": ALL_LINEAR, "use_dora": True},
     ],
-    ids=["patterns", "whole modules", "head"],
+    ids=["patterns", "whole modules", "head", "dora"],
 )
 def test_adapters_of_every_shape_are_proved(run, tiny_model, tmp_path, settings):
     model = peft.get_peft_model(whole(tiny_model), peft.LoraConfig(task_type="CAUSAL_LM", r=4, **settings))
     torch.manual_seed(7)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or "modules_to_save" in name:
+        if "lora_B" in name or "modules_to_save" in name or "magnitude" in name:
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
     with warnings.catch_warnings():  # PEFT tells that it saves an adapted head's base weight too
         warnings.simplefilter("ignore")
@@ -395,3 +407,39 @@ def test_the_command_verifies_unless_it_is_told_not_to(run, tmp_path, monkeypatc
     with pytest.raises(UserError, match="is not kept: its logits are off by"):
         command(**flags, output_dir=str(tmp_path / "three"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "one", "two"]
+
+
+@pytest.mark.parametrize("form", ["chatml", "qwen3", "llama3", "mistral"])
+def test_conversations_in_the_models_own_template_are_proved(form, tmp_path):
+    """Of several turns, with an `input` or a system message; in Qwen3's words each answer is an example of its own."""
+    base = make_model(tmp_path / "base")
+    (base / "tokenizer.model").unlink()
+    shutil.copytree(chat_folder(tmp_path / "words", form), base, dirs_exist_ok=True)
+    rows = [
+        {
+            "instruction": f"  第{number}个\n数字 ",
+            "input": "前面的" * (number % 2),
+            "output": f"是{number}。",
+            "history": [["你是谁？", "我是<think>\n助手\n</think>\n\n小明。"]] * (number % 3),
+        }
+        for number in range(24)
+    ]
+    (tmp_path / "talks.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    tokenizer = Tokenizer(base)
+    encoder = ChatEncoder(choose_template("model", base, tokenizer, "2026-11-27"), tokenizer)
+    model = peft.get_peft_model(whole(base), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["v_proj"]))
+    torch.manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    settings = TrainingConfig(model_name=str(base), output_dir=str(tmp_path / "adapter"), use_peft=True, val_set_size=9)
+    settings.alpaca_dataset.data_path = str(tmp_path / "talks.json")
+    write_training_config(tmp_path / "adapter", describe_run(settings, encoder, BaseIdentity("")))
+    run = SimpleNamespace(base=base, folder=tmp_path / "adapter", encoder=encoder)
+    merge_and_prove(run, tmp_path / "merged", count=99)
+    report = report_of(tmp_path / "merged")
+    assert report["prompts"]["origin"] == "held out"
+    assert report["ids"] == {"conversations": 9, "equal": 9, "spelling_a_special_token": 0, "spelling_equal": 0}
+    assert (len(report["prompts"]["records"]) > 9) == (form == "qwen3")
+    assert report["logits"]["error"] < 1e-3

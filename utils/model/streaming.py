@@ -17,7 +17,7 @@ from utils.model.decoder import causal_lm, layer_arguments, run_plain
 from utils.rows.segments import Segments
 
 ReadTensor = Callable[[str], torch.Tensor]
-"""The tensor of a parameter, by the parameter's name within the causal language model; on the CPU."""
+"""The tensor of a parameter, by the parameter's name within the causal language model."""
 
 Way = Callable[[nn.Module], AbstractContextManager[object]]
 """A context in which a part of a model, whose weights are there, is computed in one of several ways."""

@@ -65,6 +65,15 @@ class Measures:
         moved = self.distance(over + ADAPTED, over + BASE)
         return self.distance(computed, over + ADAPTED) / moved if moved else float("inf")
 
+    def arrived(self, over: str = "") -> float:
+        """How much of what the adapter moves is in the merged model: the projection on it, 1 = all.
+
+        Rounding at random moves in other directions, so that this stays near 1 however large the error.
+        """
+        moved, merged = self.distance(over + ADAPTED, over + BASE), self.distance(MERGED, over + BASE)
+        off = self.distance(MERGED, over + ADAPTED)
+        return (merged**2 + moved**2 - off**2) / (2 * moved**2) if moved else 0.0
+
 
 def measure(
     base: ModelFolder,
@@ -128,10 +137,10 @@ def _predicting(example: Example) -> torch.Tensor:
 
 def _pairs(computed: Iterable[str], reference: str) -> list[tuple[str, str]]:
     """Whose logits are compared with whose."""
-    pairs = [(MERGED, reference + BASE)]
+    pairs = []
     for over in ("", QUANTIZED):
         if over + ADAPTED in computed:
-            pairs += [(over + ADAPTED, over + BASE), (MERGED, over + ADAPTED)]
+            pairs += [(over + ADAPTED, over + BASE), (MERGED, over + ADAPTED), (MERGED, over + BASE)]
     return pairs + ([(ROUNDED, reference + ADAPTED)] if ROUNDED in computed else [])
 
 
@@ -158,7 +167,7 @@ def _with_adapter(
         tensor = read(name)
         # As load_base_model quantises: the decoder's linear layers.
         is_rounded = quantization and name.startswith("model.layers.") and ".lora_" not in name and tensor.dim() == 2
-        return rounded_weight(tensor, quantization) if is_rounded else tensor
+        return rounded_weight(tensor.to(device), quantization) if is_rounded else tensor
 
     return StreamedModel(model, read_rounded, ways, device)
 

@@ -27,6 +27,8 @@ LARGEST_QUANTIZED_ERROR = 0.2
 """The same where the merged weights are stored in fewer bits."""
 ROUNDINGS = 2.0
 """In bf16 rounding alone may move more: the error may be so many times that of another merge that is rounded alike."""
+LARGEST_LOSS = 0.2
+"""In bf16, how far from all of it what arrives of the adapter's movement may be: rounding hardly changes that."""
 BUDGET_SECONDS = 600.0
 """For all decoder layers; with merging and the rest, a model of 7B stays below 15 minutes on a CPU."""
 
@@ -55,6 +57,11 @@ class Proof:
         """See Measures.error."""
         return self.measures.error(MERGED, self.reference)
 
+    @property
+    def arrived(self) -> float:
+        """See Measures.arrived."""
+        return self.measures.arrived(self.reference)
+
     def problem(self) -> str:
         """What speaks against what the merged model computes; '' = nothing."""
         if not self.measures.distance(self.reference + ADAPTED, self.reference + BASE):
@@ -67,6 +74,8 @@ class Proof:
                 error=_percent(self.error),
                 limit=_percent(self.limit),
             ) + "\n".join(["", *self._over_each_base(), *self._advice()])
+        if ROUNDED in self.measures.losses and abs(self.arrived - 1) > LARGEST_LOSS:
+            return _("{share} of what the adapter moves has arrived in it.", share=_percent(self.arrived))
         return ""
 
     def verdict(self) -> list[str]:
@@ -92,6 +101,15 @@ class Proof:
                 positions=sum(lengths),
             )
         ]
+        if ROUNDED in self.measures.losses and self.error > LARGEST_ERROR:
+            lines.append(
+                _(
+                    "That is what rounding to bf16 does: another merge, by PEFT, is off by {error}. Of what the "
+                    "adapter moves, {share} has arrived.",
+                    error=_percent(self.measures.error(ROUNDED, self.reference)),
+                    share=_percent(self.arrived),
+                )
+            )
         if self.ids.spelling:
             lines.append(
                 _(
@@ -106,7 +124,7 @@ class Proof:
     def report(self) -> dict[str, Any]:
         """What merge_report.json holds."""
         measures, kept = self.measures, len(self.measures.lengths)
-        logits = {"error": self.error, "limit": self.limit}
+        logits = {"error": self.error, "limit": self.limit, "arrived": self.arrived}
         if ROUNDED in measures.losses:
             logits["error_of_rounding"] = measures.error(ROUNDED, self.reference)
         if self.quantization:

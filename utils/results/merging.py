@@ -37,6 +37,9 @@ SAMPLED_ROWS = 256
 ARRIVES = 0.95
 """As much of it as must be left."""
 
+QUANTIZED_SHARD_GB = 1.0
+"""Largest file of quantised weights. A shard's tensors, made among larger ones that go, take twice their bytes."""
+
 
 class LoraDelta:
     """What an adapter adds to each weight of its base model.
@@ -193,7 +196,7 @@ def merge(
             )
         tensors = _merged(base, delta, quantization)
         if save_quantized:
-            tensors = quantized_tensors(tensors, save_quantized)
+            tensors, shard_gb = quantized_tensors(tensors, save_quantized), min(shard_gb, QUANTIZED_SHARD_GB)
         size = write_model(base.path, tensors, staging, template, shard_gb * 1e9)
         if save_quantized:
             describe_quantized(staging, save_quantized, stored_dtype(base.path))
