@@ -149,10 +149,10 @@ def test_a_pipe_that_ends_without_exit_and_bytes_that_are_no_text(model_folder, 
 
 def test_an_impatient_second_ctrl_c_ends_the_answer_and_not_the_conversation(monkeypatch, capsys):
     class Engine:
-        def recent_turns(self, question, history, room):
+        def recent_turns(self, question, history, room, system):
             return history
 
-        def encode_chat(self, question, turns):
+        def encode_chat(self, question, turns, system):
             return question
 
         def stream(self, question, sampling, statistics):
@@ -237,6 +237,15 @@ def test_a_conversation_in_a_terminal(terminal):
     terminal.read_until(r"\[12 tokens")
     terminal.type("/undo\r")
     terminal.read_until("Taken back: 我们的好")
+
+    # Several lines are one question: pasted, after Alt-Enter, and between quotes.
+    for keys in ("\x1b[200~天\n气\x1b[201~\r", "天\x1b\r气\r", '"""天\r气"""\r'):
+        terminal.read_until(">")
+        terminal.type(keys)
+        terminal.read_until(r"\[12 tokens")
+        terminal.read_until(">")
+        terminal.type("/undo\r")
+        terminal.read_until("Taken back: 天\r\n气\r\n")
 
     # Ctrl-C clears a line; during an answer it ends that answer, and what came of it stays in the conversation.
     terminal.read_until(">")
