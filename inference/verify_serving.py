@@ -54,25 +54,25 @@ def main(**settings: Any) -> dict[str, Any]:
     from utils.files import write_json
 
     questions = read_questions(Path(config.prompts)) if config.prompts else list(BUILT_IN)
-    endpoint = Endpoint(config.endpoint, config.model, config.key, config.timeout)
-    base_model = find_base(config.base_model, config.lora_weights)
-    print(_("Loading {folder} …", folder=base_model), file=sys.stderr, flush=True)
-    engine = load_engine(base_model, config.lora_weights, config.quantization)
-    if not config.prompts:
-        questions.append(with_special_tokens(engine.tokenizer))
     report = Report([], [])
-    print(heading(), flush=True)
-    for number, question in enumerate(questions, 1):
-        try:
-            own = own_answer(engine, question, config.max_new_tokens)
-        except (PromptRefused, PromptTooLong) as error:  # not every template has a place for a system message
-            report.left_out.append((question, str(error)))
-            print(f"{number:<3}  " + _("left out: {reason}", reason=error), flush=True)
-            continue
-        served = endpoint.ask(question, config.max_new_tokens)
-        apart = spells_tokens(engine, question)
-        report.comparisons.append(compare(question, own, served, engine.tokenizer, config.tolerance, apart))
-        print("\n".join(row(number, report.comparisons[-1])), flush=True)
+    with Endpoint(config.endpoint, config.model, config.key, config.timeout) as endpoint:
+        base_model = find_base(config.base_model, config.lora_weights)
+        print(_("Loading {folder} …", folder=base_model), file=sys.stderr, flush=True)
+        engine = load_engine(base_model, config.lora_weights, config.quantization)
+        if not config.prompts:
+            questions.append(with_special_tokens(engine.tokenizer))
+        print(heading(), flush=True)
+        for number, question in enumerate(questions, 1):
+            try:
+                own = own_answer(engine, question, config.max_new_tokens)
+            except (PromptRefused, PromptTooLong) as error:  # not every template has a place for a system message
+                report.left_out.append((question, str(error)))
+                print(f"{number:<3}  " + _("left out: {reason}", reason=error), flush=True)
+                continue
+            served = endpoint.ask(question, config.max_new_tokens)
+            apart = spells_tokens(engine, question)
+            report.comparisons.append(compare(question, own, served, engine.tokenizer, config.tolerance, apart))
+            print("\n".join(row(number, report.comparisons[-1])), flush=True)
     found = {"endpoint": endpoint.url, "model": endpoint.model, "same": report.is_same, **asdict(report)}
     if config.report:
         write_json(Path(config.report), found)

@@ -1,5 +1,6 @@
 """A server of someone else's, asked what our own engine is asked: by OpenAI's protocol, or by polling POST /stream."""
 
+import contextlib
 import time
 import uuid
 from typing import Any
@@ -17,8 +18,8 @@ PASSING = (502, 503, 504)
 POLL_SECONDS = 0.05
 
 
-class Endpoint:
-    """A server with a model.
+class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
+    """A server with a model; leaving it closes the connection.
 
     Args:
         url: with or without /v1 at its end.
@@ -36,10 +37,16 @@ class Endpoint:
         self.timeout = timeout
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx2.Client(headers=headers, timeout=timeout)
-        self.models = self._list_models()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._client)
+            self.models = self._list_models()
+            self.is_polled = not self.models and self._has("/stream") and not self._has("/v1/chat/completions")
+            self._stack = stack.pop_all()
         self.model = model or next(iter(self.models), "")
-        self.is_polled = not self.models and self._has("/stream") and not self._has("/v1/chat/completions")
         self._gives_logprobs = True
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
 
     def ask(self, question: Question, max_new_tokens: int) -> Answer:
         """The server's answer, always of the likeliest token.
@@ -62,8 +69,9 @@ class Endpoint:
         try:
             choice = answer["choices"][0]
             counted = (answer.get("usage") or {}).get("prompt_tokens")
-            text = choice["message"]["content"] or ""
-            tokens = _tokens((choice.get("logprobs") or {}).get("content") or [])
+            message, tokens = choice["message"], _tokens((choice.get("logprobs") or {}).get("content") or [])
+            thought = message.get("reasoning_content") or ""  # which some servers take out of the answer
+            text = tokens[-1].text if thought and tokens else thought + (message["content"] or "")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise self._not_a_server() from error
         ids, prompt_text = self._prompt(messages)

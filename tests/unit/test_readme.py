@@ -12,6 +12,7 @@ from configs.command_line import configure, parse, usage
 from configs.download import DownloadConfig
 from configs.results import ConverterConfig, MergeConfig
 from configs.serving import ApiConfig, ChatConfig
+from configs.serving_check import ServingCheckConfig
 from configs.training import TrainingConfig
 from scripts import quickstart
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "generate.py": ChatConfig,
     "api_stream.py": ApiConfig,
     MERGE: MergeConfig,
+    "inference/verify_serving.py": ServingCheckConfig,
     "inference/checkpoint_converter_fsdp_hf.py": ConverterConfig,
 }
 OUR_FLAGS = {name for config in COMMANDS.values() for name in re.findall(r"^  --(\S+)", usage(config), re.MULTILINE)}
