@@ -310,4 +310,5 @@ def _reasons_of_answers(
     margin = next((margin for token, margin in margins if len(_plain(token.text)) > position), 0.0)
     if margin <= tolerance:
         return ["rounding"]
-    return ["quantization" if margin <= OF_QUANTIZATION else "weights"]
+    # Log-probabilities that were close up to there tell more than how surprising the one token is.
+    return ["quantization" if logprob_difference is not None or margin <= OF_QUANTIZATION else "weights"]

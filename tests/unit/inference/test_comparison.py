@@ -46,7 +46,7 @@ def compared(tokenizer, own, served, tolerance=0.1):
         (answer(A, B), answer(("a", -3.0), ("b", -1.5)), "weights", 1.5),
         (answer(A, B, margin=0.05), answer(A, C), "rounding", 0.0),
         (answer(A, B, margin=0.5), answer(A, C), "quantization", 0.0),
-        (answer(A, B, margin=1.5), answer(A, C), "weights", 0.0),
+        (answer(A, B, margin=1.5), answer(A, C), "quantization", 0.0),
         (answer(A, finish_reason="stop"), answer(A, B), "stop", 0.0),
         (answer(A, finish_reason="stop"), answer(A), "stop", 0.0),
         (answer(A, B), answer(A, finish_reason="stop"), "stop", 0.0),
@@ -61,6 +61,13 @@ def test_answers_to_the_same_prompt(tokenizer, own, served, reason, difference):
     assert comparison.reasons == ([reason] if reason else [])
     assert comparison.is_same == (reason in (None, "rounding"))
     assert comparison.logprob_difference == pytest.approx(difference)
+
+
+def test_answers_of_servers_that_tell_no_log_probabilities(tokenizer):
+    for margin, reason in ((0.05, "rounding"), (0.5, "quantization"), (1.5, "weights")):
+        served = Answer("ac", "length", (1, 5), 2)
+        comparison = compared(tokenizer, answer(A, B, margin=margin), served)
+        assert (comparison.reasons, comparison.logprob_difference) == ([reason], None)
 
 
 def test_tokens_that_make_one_character_together_and_of_which_one_is_listed(tokenizer):
@@ -135,7 +142,7 @@ def test_servers_that_tell_how_many_tokens_a_prompt_has(tokenizer, chatml):
 
 
 def test_the_verdict_counts_reasons_and_leaves_apart_what_spells_tokens(tokenizer):
-    same, stop = compared(tokenizer, answer(A), answer(A)), compared(tokenizer, answer(A, B), answer(A, C))
+    same, stop = compared(tokenizer, answer(A), answer(A)), compared(tokenizer, answer(A, B), answer(C, C))
     twice = compared(tokenizer, answer(A), answer(A, ids=(1, 1, 5)))
     apart = compare(Question("</s>"), answer(A), answer(A, ids=(1, 1, 5)), tokenizer, 0.1, spells_tokens=True)
     assert Report([same, apart]).is_same and verdict(Report([same, apart])).endswith("1 of 1 questions.")
@@ -156,5 +163,5 @@ def test_rows(tokenizer):
     assert list(row(3, comparison)) == [
         "3    same ids      differs at 1          0.0000     你 好 ！",
         "      answer here 'ab', there 'ac'",
-        "      likely: weights",
+        "      likely: quantization",
     ]
