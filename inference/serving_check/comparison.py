@@ -50,10 +50,12 @@ class Token:
     Attributes:
         text: the answer up to it and with it.
         logprob: its log-probability.
+        others: what other tokens would have made of the answer, each with its log-probability; the server's alone.
     """
 
     text: str
     logprob: float
+    others: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Comparison:
         spells_tokens: it spells special tokens out, which servers read as they like; it counts for nothing.
         prompt: whether the prompts are the same: by their ids, or where a server does not tell them by their number.
         prompt_difference, answer_difference: where they part; None where they don't, or where that can't be said.
-        logprob_difference: mean absolute difference of the log-probabilities of tokens before the answers part.
+        logprob_difference: mean absolute difference of our tokens' log-probabilities, to where the answers part.
         finish_reasons: our own, the server's.
         reasons: the likely ones; [] = there is nothing to explain.
         is_same: but for rounding.
@@ -270,10 +272,24 @@ def _plain(text: str) -> str:
 
 
 def _logprob_difference(own: Answer, served: Answer) -> float | None:
-    """The mean difference of the log-probabilities of the tokens up to where the answers part; None = not told."""
+    """The mean difference of the log-probabilities of our tokens up to where the answers part; None = not told."""
     own_logprobs, served_logprobs = map(_logprobs_by_text, (own, served))
     alike = [*takewhile(own_logprobs.__contains__, served_logprobs)]
-    return mean(abs(own_logprobs[text] - served_logprobs[text]) for text in alike) if alike else None
+    differences = [abs(own_logprobs[text] - served_logprobs[text]) for text in alike]
+    # The token with which ours goes on elsewhere is often among those that the server could have chosen.
+    others = {_plain(text): logprob for token in served.tokens for text, logprob in token.others}
+    if (parted := _parting_token(own, served)) and (text := _plain(parted.text)) in others:
+        differences.append(abs(parted.logprob - others[text]))
+    return mean(differences) if differences else None
+
+
+def _parting_token(own: Answer, served: Answer) -> Token | None:
+    """Our first token that the server's answer lacks."""
+    own_text, served_text = _plain(own.text), _plain(served.text)
+    if own_text == served_text:
+        return None
+    position = Difference.between(own_text, served_text).position
+    return next((token for token in own.tokens if len(_plain(token.text)) > position), None)
 
 
 def _logprobs_by_text(answer: Answer) -> dict[str, float]:
@@ -305,9 +321,8 @@ def _reasons_of_answers(
         return ["quantization" if logprob_difference <= OF_QUANTIZATION else "weights"]
     if own_text == served_text:
         return []
-    position = Difference.between(own_text, served_text).position
-    margins = zip(own.tokens, own.margins, strict=True)
-    margin = next((margin for token, margin in margins if len(_plain(token.text)) > position), 0.0)
+    parted = _parting_token(own, served)
+    margin = own.margins[own.tokens.index(parted) if parted else -1] if own.margins else 0.0
     if margin <= tolerance:
         return ["rounding"]
     # Log-probabilities that were close up to there tell more than how surprising the one token is.

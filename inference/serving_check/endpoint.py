@@ -80,7 +80,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
         return Answer(text, choice.get("finish_reason") or "", ids, counted or (ids and len(ids)), prompt_text, tokens)
 
     def _logprobs(self) -> dict[str, Any]:
-        return {"logprobs": True, "top_logprobs": 1} if self._gives_logprobs else {}
+        return {"logprobs": True, "top_logprobs": 5} if self._gives_logprobs else {}
 
     def _prompt(self, messages: list[dict[str, str]]) -> tuple[tuple[int, ...] | None, str | None]:
         """The ids and the text of a prompt, as far as the server tells them: llama.cpp both, vLLM the ids."""
@@ -193,7 +193,13 @@ def _tokens(listed: list[dict[str, Any]]) -> tuple[Token, ...]:
     """The tokens of an answer; their bytes tell characters that are cut between two of them."""
     tokens, raw = [], b""
     for each in listed:
-        given = each.get("bytes")
-        raw += bytes(given) if isinstance(given, list) else each["token"].encode(errors="replace")
-        tokens.append(Token(raw.decode(errors="replace"), float(each["logprob"])))
+        others = [(raw + _bytes(other), float(other["logprob"])) for other in each.get("top_logprobs") or []]
+        raw += _bytes(each)
+        texts = tuple((text.decode(errors="replace"), logprob) for text, logprob in others)
+        tokens.append(Token(raw.decode(errors="replace"), float(each["logprob"]), texts))
     return tuple(tokens)
+
+
+def _bytes(token: dict[str, Any]) -> bytes:
+    given = token.get("bytes")
+    return bytes(given) if isinstance(given, list) else token["token"].encode(errors="replace")

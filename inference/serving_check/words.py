@@ -37,7 +37,8 @@ REASONS: dict[Reason, Callable[[], str]] = {
     "rounding": lambda: _("Rounding: another dtype or order of sums, where two tokens are as good as equally likely."),
     "quantization": lambda: _(
         "Dtype or quantisation: the same prompt, and log-probabilities that are a little off. --load_8bit or "
-        "--load_4bit compares with a base that is quantised here too; --tolerance 1 lets such differences pass."
+        "--load_4bit compares with a base that is quantised here too; --tolerance 1 lets such differences pass. (The "
+        "base without an adapter that changes little looks the same.)"
     ),
     "weights": lambda: _(
         "Weights: the same prompt, and quite other log-probabilities. It looks like another model, or like the base "

@@ -124,6 +124,19 @@ def test_questions_from_a_pipe(model_folder, greedy):
     assert done.stderr.count("20 tokens, ") == 4
 
 
+def test_the_base_model_is_found_in_the_adapters_record(tmp_path, monkeypatch):
+    fixture = ROOT / "tests" / "fixtures" / "first_format"
+    expected = json.loads((fixture / "expected.json").read_text(encoding="utf-8"))
+    monkeypatch.chdir(shutil.copytree(fixture, tmp_path / "run"))  # whose record says `base`
+    settings = {"temperature": 0, "repetition_penalty": 1.6, "max_new_tokens": 24, "load_8bit": True}
+    ask = {"prompt": expected["question"], "lora_weights": "finished", **settings}
+    assert generate.main(**ask) == generate.main(**ask, base_model="base") == expected["answer"]
+    shutil.move("base", "moved")
+    with pytest.raises(UserError, match="adapter in finished was trained over base, and there is no such folder"):
+        generate.main(**ask)
+    assert generate.main(**ask, base_model="moved") == expected["answer"]
+
+
 def test_help_names_every_command_and_a_space_makes_a_question_of_one(model_folder, greedy, monkeypatch, capsys):
     lines = "/help\n /parms\n/etc/passwd\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="utf-8"))

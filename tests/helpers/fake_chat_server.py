@@ -7,6 +7,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
+import torch
+
 from configs.serving import Sampling
 from ft_datasets.conversation import Message
 from inference.engine import Engine, Statistics
@@ -130,13 +132,20 @@ class FakeChatServer:
         if body.get("logprobs"):
             ids = statistics.token_ids
             scores = self.engine.log_probabilities(prompt_ids, ids)
-            choice["logprobs"] = {
-                "content": [
-                    {"token": "?", "bytes": [*self.bytes_of(i)], "logprob": float(scores[at, i]), "top_logprobs": []}
-                    for at, i in enumerate(ids)
-                ]
-            }
+            listed = [
+                {**self.described(i, scores[at]), "top_logprobs": self.best(scores[at], body["top_logprobs"])}
+                for at, i in enumerate(ids)
+            ]
+            choice["logprobs"] = {"content": listed}
         return {"object": "chat.completion", "choices": [choice], "usage": {"prompt_tokens": len(prompt_ids)}}
+
+    def best(self, scores: torch.Tensor, count: int) -> list[dict[str, Any]]:
+        """The likeliest tokens."""
+        return [self.described(i, scores) for i in scores.topk(count).indices.tolist()]
+
+    def described(self, token_id: int, scores: torch.Tensor) -> dict[str, Any]:
+        """A token with its log-probability, in OpenAI's form."""
+        return {"token": "?", "bytes": [*self.bytes_of(token_id)], "logprob": float(scores[token_id])}
 
     def bytes_of(self, token_id: int) -> bytes:
         piece = self.engine.tokenizer.spell([token_id]).replace("▁", " ")

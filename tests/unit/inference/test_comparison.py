@@ -70,6 +70,13 @@ def test_answers_of_servers_that_tell_no_log_probabilities(tokenizer):
         assert (comparison.reasons, comparison.logprob_difference) == ([reason], None)
 
 
+def test_a_token_that_the_server_has_not_chosen_tells_how_far_off_it_is(tokenizer):
+    for logprob, reason, difference in ((-0.7, "quantization", 0.1), (-6.5, "weights", 3.0)):
+        tokens = (Token("a", -1.0), Token("ac", -0.3, (("ac", -0.3), ("ab", logprob))))
+        comparison = compared(tokenizer, answer(A, B), Answer("ac", "length", (1, 5), 2, None, tokens))
+        assert (comparison.reasons, comparison.logprob_difference) == ([reason], pytest.approx(difference))
+
+
 def test_tokens_that_make_one_character_together_and_of_which_one_is_listed(tokenizer):
     tokens = (Token("\ufffd", -3.0), Token("你", -1.0), Token("你\ufffd", -4.0), Token("你好", -2.0))
     own = Answer("你好", "length", (1, 5), 2, None, tokens, (2.0,) * 4)
