@@ -48,7 +48,7 @@ class Chat:
     def run(self) -> None:
         """Talk until /exit, the end of the input, or Ctrl-D."""
         if is_interactive():
-            print(_("Commands: /system /retry /save /new /undo /params /exit /help. Ctrl-C ends an answer."))
+            print(_("Commands: /new /undo /params /exit /help. Ctrl-C ends an answer."))
         for text in _lines():
             command, argument = [*text.split(maxsplit=1), "", ""][:2]
             if re.match(r"/\w*$", command) and not text.startswith(" "):
