@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from configs.messages import _
 from configs.serving import ModelConfig
@@ -41,8 +43,19 @@ class ServingCheckConfig(ModelConfig):
     def problems(self) -> Iterator[str]:
         """What is missing or out of range."""
         yield from ModelConfig.problems(self)
-        if not self.endpoint.startswith(("http://", "https://")):
+        if not _is_address(self.endpoint):
             yield _("--endpoint {value}: an address that begins with http:// or https://", value=self.endpoint)
         for name in ("max_new_tokens", "tolerance", "timeout"):
             if getattr(self, name) <= 0:
                 yield _("--{name} {value}: must be above 0", name=name, value=getattr(self, name))
+        if self.report and not Path(self.report).absolute().parent.is_dir():
+            yield _("--report {value}: there is no such folder", value=self.report)
+
+
+def _is_address(text: str) -> bool:
+    """Whether a text is an address of HTTP."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets without their ends, or a port that is none
+        return False

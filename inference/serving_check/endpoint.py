@@ -12,6 +12,7 @@ from configs.messages import _
 from inference.serving_check.comparison import Answer, Token
 from inference.serving_check.questions import Question
 from inference.web.stream_sessions import STOP
+from utils.download.http import make_client, origin
 
 PASSING = (502, 503, 504)
 """What a server says while it loads its model, or a proxy before a server that is not there."""
@@ -35,8 +36,14 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     def __init__(self, url: str, model: str, api_key: str, timeout: float) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout = timeout
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx2.Client(headers=headers, timeout=timeout)
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # A proxy for the world outside knows nothing of this machine.
+        is_here = httpx2.URL(self.url).host in ("localhost", "127.0.0.1", "::1")
+        self._client = (
+            httpx2.Client(timeout=timeout, trust_env=False)
+            if is_here
+            else make_client({origin(self.url): api_key}, timeout)
+        )
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._client)
             self.models = self._list_models()
@@ -133,7 +140,7 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         """Status and JSON of an answer; {} where it is none."""
         try:
-            response = self._client.request(method, self.url + path, json=body)
+            response = self._client.request(method, self.url + path, json=body, headers=self._headers)
         except (httpx2.TransportError, httpx2.InvalidURL) as error:
             raise self._silence(str(error) or type(error).__name__) from error
         try:

@@ -158,6 +158,28 @@ def test_a_server_that_can_not_be_asked(engine, verify):
         verify(server.url)
 
 
+@pytest.mark.parametrize("kind", ["vllm", "plain"])
+def test_thoughts_that_a_server_takes_out_of_an_answer_belong_to_it(engine, verify, monkeypatch, kind):
+    complete = FakeChatServer.complete
+
+    def take_out(server: FakeChatServer, body: dict) -> dict:
+        completion = complete(server, body)
+        message = completion["choices"][0]["message"]
+        message["reasoning_content"], message["content"] = message["content"][:3], message["content"][3:]
+        return completion
+
+    monkeypatch.setattr(FakeChatServer, "complete", take_out)
+    with FakeChatServer(engine, kind) as server:
+        assert verify(server.url)["same"]
+
+
+def test_a_proxy_for_the_world_outside_is_not_asked_for_this_machine(engine, verify, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with FakeChatServer(engine) as server:
+        assert verify(server.url)["same"]
+
+
 def test_a_server_that_is_none(engine, verify, monkeypatch):
     monkeypatch.setattr(FakeChatServer, "answer", lambda *_arguments: (404, {}))
     with FakeChatServer(engine) as server, pytest.raises(UserError, match="does not speak OpenAI's protocol"):

@@ -271,6 +271,9 @@ def test_all_problems_are_told_at_once():
 def test_what_a_server_is_compared_with_is_checked_before_anything_is_loaded(monkeypatch):
     said = complaint(ServingCheckConfig, "--endpoint", "localhost:8000", "--timeout", "0", "--tolerance", "-1")
     assert all(part in said for part in ("--endpoint localhost:8000", "--timeout 0.0", "--tolerance -1.0"))
+    for address in ("", "http://", "http://[::1", "http://a:99999", "ftp://a"):
+        assert "--endpoint" in complaint(ServingCheckConfig, "--endpoint", address)
+    assert "no such folder" in complaint(ServingCheckConfig, "--endpoint", "http://a", "--report", "/no/where/r.json")
     monkeypatch.setenv("OPENAI_API_KEY", "from outside")
     assert parse(ServingCheckConfig, ["--endpoint", "http://a"]).key == "from outside"
     assert parse(ServingCheckConfig, ["--endpoint", "http://a", "--api_key", "given"]).key == "given"
