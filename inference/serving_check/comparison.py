@@ -268,7 +268,7 @@ def reasons_of_ids(
 
 def _plain(text: str) -> str:
     """A text without what servers do as they like: blanks at its ends, and how many U+FFFD stand for broken bytes."""
-    return re.sub("\ufffd+", "\ufffd", text).strip().rstrip("\ufffd")
+    return re.sub("\ufffd+", "\ufffd", re.sub(r"^\s+|[\s\ufffd]+$", "", text))
 
 
 def _logprob_difference(own: Answer, served: Answer) -> float | None:

@@ -53,6 +53,7 @@ def compared(tokenizer, own, served, tolerance=0.1):
         (answer(A, B), answer(A), "limit", 0.0),
         (answer(A, finish_reason="stop"), answer(A, finish_reason=""), None, 0.0),
         (answer((" \n", -3.0), A), answer(A), None, 0.0),  # blanks at the ends don't count
+        (answer(A), answer(("a", -1.0), ("\n\ufffd ", -2.0)), None, 0.0),  # nor half a character there
     ],
 )
 def test_answers_to_the_same_prompt(tokenizer, own, served, reason, difference):
