@@ -36,13 +36,14 @@ def main(**settings: Any) -> None:
     """
     config = configure(ApiConfig, settings)
 
-    from inference.loading import load_engine
+    from inference.loading import find_base, load_engine
     from inference.web.polling import listen, make_app, serve
     from inference.web.stream_sessions import StreamSessions
 
+    base_model = find_base(config.base_model, config.lora_weights)
     with listen(config.host, config.port) as listener:
-        print(_("Loading {folder} …", folder=config.base_model), flush=True)
-        engine = load_engine(config.base_model, config.lora_weights, config.quantization)
+        print(_("Loading {folder} …", folder=base_model), flush=True)
+        engine = load_engine(base_model, config.lora_weights, config.quantization)
         sessions = StreamSessions()
         url = f"http://{config.host}:{listener.getsockname()[1]}"
         print(_("Ready: POST {url}/stream (Ctrl-C ends it)", url=url), flush=True)

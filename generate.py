@@ -5,8 +5,9 @@
     echo "你好" | python generate.py --load_4bit
     python generate.py --base_model output/merged_model_output --lora_weights ''
 
-In the conversation: /new forgets it, /undo takes the last turn back, /params shows and changes the sampling, /exit
-ends it. Ctrl-C ends an answer, not the program.
+In the conversation: /system tells the model something before it, /retry draws the last answer anew, /undo takes the
+last turn back, /save keeps the conversation as data, /new forgets it, /params shows and changes the sampling, /exit
+ends it; /help says more. Ctrl-C ends an answer, not the program.
 """
 
 import signal
@@ -42,15 +43,16 @@ def main(**settings: Any) -> str | None:
     """
     config = configure(ChatConfig, settings)
 
-    from inference.loading import load_engine
+    from inference.loading import find_base, load_engine
     from inference.terminal.chat import Chat, answer_once, is_interactive
 
+    base_model = find_base(config.base_model, config.lora_weights)
     if config.prompt is None and is_interactive():
-        print(_("Loading {folder} …", folder=config.base_model), file=sys.stderr, flush=True)
-    engine = load_engine(config.base_model, config.lora_weights, config.quantization)
+        print(_("Loading {folder} …", folder=base_model), file=sys.stderr, flush=True)
+    engine = load_engine(base_model, config.lora_weights, config.quantization)
     if config.prompt is not None:
-        return answer_once(engine, config.prompt, config)
-    Chat(engine, config).run()
+        return answer_once(engine, config.prompt, config, config.system)
+    Chat(engine, config, config.system).run()
     return None
 
 

@@ -59,11 +59,12 @@ def _out_of_bounds(
 
 
 @dataclass
-class _ModelConfig:
+class ModelConfig:
     """Which model answers."""
 
-    base_model: str = DEFAULT_BASE_MODEL
-    """Folder of the base model, or of a whole tuned model."""
+    base_model: str = ""
+    """Folder of the base model, or of a whole tuned model; left out, the one that the adapter was trained over, or
+    without an adapter ./models/NousResearch/Llama-2-7b-hf."""
     lora_weights: str = DEFAULT_ADAPTER
     """Folder of the adapter; '' = the base model alone."""
     load_8bit: bool = False
@@ -84,20 +85,22 @@ class _ModelConfig:
 
 
 @dataclass
-class ChatConfig(Sampling, _ModelConfig):
+class ChatConfig(Sampling, ModelConfig):
     """Talk to a model in the terminal, or ask it one question with --prompt."""
 
     prompt: str | None = field(default=None, metadata={"any_text": True})
     """Answer this on standard output, and end."""
+    system: str = field(default="", metadata={"any_text": True})
+    """What the model is told before the conversation: the system message."""
 
     def problems(self) -> Iterator[str]:
         """What is out of range, and which settings do not go together."""
-        yield from _ModelConfig.problems(self)
+        yield from ModelConfig.problems(self)
         yield from ("--" + problem for problem in Sampling.problems(self))
 
 
 @dataclass
-class ApiConfig(Sampling, _ModelConfig):
+class ApiConfig(Sampling, ModelConfig):
     """Serve a model over HTTP: POST /stream, repeated until the answer ends in [stop].
 
     The sampling flags are the defaults of requests that do not give their own.
@@ -110,7 +113,7 @@ class ApiConfig(Sampling, _ModelConfig):
 
     def problems(self) -> Iterator[str]:
         """What is out of range, and which settings do not go together."""
-        yield from _ModelConfig.problems(self)
+        yield from ModelConfig.problems(self)
         yield from ("--" + problem for problem in Sampling.problems(self))
         if not 0 <= self.port < 65536:
             yield _("--port {value}: must be from 0 to 65535", value=self.port)

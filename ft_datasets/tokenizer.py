@@ -9,6 +9,7 @@ user writes can't end a turn. Those that a prompt template writes are put in by 
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class _Backend(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
     def id_to_token(self, token_id: int) -> str | None: ...
+    def spell(self, ids: Sequence[int]) -> str: ...
 
     special_tokens: dict[str, SpecialToken]
     vocab_size: int
@@ -72,7 +74,12 @@ class _SentencePiece:
     def id_to_token(self, token_id: int) -> str | None:
         return self.processor.id_to_piece(token_id) if token_id < self.vocab_size else None
 
+    def spell(self, ids: Sequence[int]) -> str:
+        return _joined_bytes("".join(self.id_to_token(i) or f"<{i}>" for i in ids))
 
+
+SPACE = "▁"
+"""What stands for a space in the pieces of SentencePiece."""
 MARK = "\ufdd0"
 """A token that stands for any special one; no text holds this character."""
 
@@ -110,6 +117,12 @@ class _FastTokenizer:
 
     def id_to_token(self, token_id: int) -> str | None:
         return self.tokenizer.id_to_token(token_id)
+
+    def spell(self, ids: Sequence[int]) -> str:
+        pieces = "".join(self.id_to_token(i) or f"<{i}>" for i in ids)
+        if SPACE in pieces:
+            return _joined_bytes(pieces)
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)  # whose pieces are not to be read
 
     def added_before(self) -> list[int]:
         """What the tokenizer's own post-processor puts before a text, such as Llama 3's <|begin_of_text|>."""
@@ -189,6 +202,10 @@ class Tokenizer:
         """The text of `ids`, without special tokens."""
         return self._backend.decode(ids)
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of `ids` with special tokens spelled out, and with SentencePiece's own `▁` for spaces."""
+        return self._backend.spell(ids)
+
     def _find_special_tokens(self, config: dict[str, Any], added: dict[str, Any]) -> dict[str, SpecialToken]:
         """The tokenizer's own special tokens, and what tokenizer_config.json and added_tokens.json add to them."""
         found = dict(self._backend.special_tokens)
@@ -218,6 +235,15 @@ class Tokenizer:
     def _token_text(config: dict[str, Any], name: str, usual: str) -> str:
         token = config.get(name) or usual
         return token["content"] if isinstance(token, dict) else token
+
+
+def _joined_bytes(pieces: str) -> str:
+    """Pieces in which characters stand for those that are spelled by their bytes (<0xE4><0xBD><0xA0>)."""
+
+    def text(match: re.Match[str]) -> str:
+        return bytes.fromhex(match[0].replace("<0x", "").replace(">", "")).decode(errors="replace")
+
+    return re.sub(r"(<0x[0-9A-F]{2}>)+", text, pieces)
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

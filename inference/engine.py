@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -42,12 +42,14 @@ class Statistics:
         prompt_tokens, new_tokens: tokens in and out.
         seconds: from the first new token to the last.
         finish_reason: stop = the model ended its answer, length = max_new_tokens or the context did.
+        token_ids: the answer's, the one that ended it among them.
     """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
     finish_reason: FinishReason = "stop"
+    token_ids: list[int] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
@@ -132,6 +134,7 @@ class Engine:
             statistics.seconds = time.perf_counter() - started if started else 0.0
             started = started or time.perf_counter()
             statistics.new_tokens += 1
+            statistics.token_ids.append(token_id)
             if token_id in self.encoder.stop_ids:
                 statistics.finish_reason = "stop"
                 break
@@ -146,6 +149,14 @@ class Engine:
         if piece := stop_text.push(decoder.finish()) + stop_text.finish():
             yield piece
 
+    @torch.inference_mode()
+    def log_probabilities(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> torch.Tensor:
+        """The log-probabilities of each token of an answer, fp32, [answer_ids, vocab_size], computed in one pass."""
+        caches = self._caches(len(prompt_ids) + len(answer_ids))
+        ids = torch.tensor([*prompt_ids, *answer_ids][:-1], dtype=torch.int64, device=self.device)
+        hidden = self._forward(ids, Segments.of([len(ids)], self.device), caches)
+        return logits(self.model, hidden[len(prompt_ids) - 1 :]).log_softmax(dim=-1)
+
     def _tokens(self, prompt_ids: Sequence[int], sampling: Sampling, limit: int) -> Iterator[int]:
         """The generated ids, one after another."""
         generator = torch.Generator(self.device)
@@ -153,17 +164,24 @@ class Engine:
             generator.seed()
         else:
             generator.manual_seed(sampling.seed)
-        prefix = learnt_prefix(self.model)
-        capacity = prefix[0].length + len(prompt_ids) + limit
-        caches = [KeyValueCache(capacity, of_layer) for of_layer in prefix]
+        caches = self._caches(len(prompt_ids) + limit)
         seen = torch.zeros(causal_lm(self.model).config.vocab_size, dtype=torch.bool, device=self.device)
         new_ids = torch.tensor(prompt_ids, dtype=torch.int64, device=self.device)
         segments, of_one_token = (Segments.of([count], self.device) for count in (len(new_ids), 1))
         for _position in range(limit):
             seen[new_ids] = True
-            first = caches[0].length
-            positions = torch.arange(first, first + len(new_ids), device=self.device)
-            hidden = forward_hidden(self.model, new_ids, positions, segments, caches)
+            hidden = self._forward(new_ids, segments, caches)
             scores = logits(self.model, hidden[-1:])[0].to(self.device)
             new_ids, segments = choose(scores, seen, sampling, generator), of_one_token
             yield int(new_ids)
+
+    def _caches(self, length: int) -> list[KeyValueCache]:
+        """Caches with room for so many tokens behind what the adapter puts before all."""
+        prefix = learnt_prefix(self.model)
+        return [KeyValueCache(prefix[0].length + length, of_layer) for of_layer in prefix]
+
+    def _forward(self, new_ids: torch.Tensor, segments: Segments, caches: list[KeyValueCache]) -> torch.Tensor:
+        """The decoder's output for the tokens that follow what the caches hold."""
+        first = caches[0].length
+        positions = torch.arange(first, first + len(new_ids), device=self.device)
+        return forward_hidden(self.model, new_ids, positions, segments, caches)

@@ -70,6 +70,8 @@ class StreamRequest(SamplingFields, Conversation):
 
     model_config = ConfigDict(extra="forbid")
 
+    system: Text | None = Field(None, description="What the model is told before the conversation.")
+
 
 class StreamResponse(BaseModel):
     """The answer so far; `response` ends in [stop] once nothing more will come."""
@@ -103,12 +105,13 @@ def make_app(engine: Engine, defaults: Sampling, sessions: StreamSessions) -> Fa
         given = {name: value for name in names if (value := getattr(body, name)) is not None}
         sampling = replace(_plain(defaults), **given)
         history = [tuple(turn) for turn in body.history or []]
-        prompt_ids = engine.encode_chat(body.prompt, history)
+        system = body.system or ""
+        prompt_ids = engine.encode_chat(body.prompt, history, system)
 
         def generate(cancel: threading.Event) -> Iterator[str]:
             return engine.stream(prompt_ids, sampling, cancel=cancel)
 
-        key = (body.prompt, tuple(history), repr(sampling))
+        key = (system, body.prompt, tuple(history), repr(sampling))
         address = request.client.host if request.client else ""
         answer = sessions.poll(address, body.session_id, key, generate)
         text = answer.text + (f"\n{answer.error}" if answer.error else "")

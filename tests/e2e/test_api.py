@@ -138,6 +138,12 @@ def test_history_is_part_of_the_prompt(server, greedy):
     assert last["history"] == [["天气", "挺冷。"], ["你好", expected]]
 
 
+def test_what_the_model_is_told_before_is_part_of_the_prompt(server, greedy):
+    expected = greedy(f"Be brief.\n\n{HEADER}### Instruction:\n你好\n\n### Response:")
+    assert expected != greedy(f"{HEADER}### Instruction:\n你好\n\n### Response:")
+    assert server.ask(prompt="你好", system="Be brief.", **GREEDY)[-1]["response"] == expected.lstrip("\n") + "[stop]"
+
+
 def test_clients_with_sessions_have_streams_of_their_own(server):
     """At temperature 1 two draws differ; each client sees one of them, whole, from its first character on."""
     draws = {"prompt": "请写一首诗", "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 60}

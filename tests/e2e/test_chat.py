@@ -124,6 +124,19 @@ def test_questions_from_a_pipe(model_folder, greedy):
     assert done.stderr.count("20 tokens, ") == 4
 
 
+def test_the_base_model_is_found_in_the_adapters_record(tmp_path, monkeypatch):
+    fixture = ROOT / "tests" / "fixtures" / "first_format"
+    expected = json.loads((fixture / "expected.json").read_text(encoding="utf-8"))
+    monkeypatch.chdir(shutil.copytree(fixture, tmp_path / "run"))  # whose record says `base`
+    settings = {"temperature": 0, "repetition_penalty": 1.6, "max_new_tokens": 24, "load_8bit": True}
+    ask = {"prompt": expected["question"], "lora_weights": "finished", **settings}
+    assert generate.main(**ask) == generate.main(**ask, base_model="base") == expected["answer"]
+    shutil.move("base", "moved")
+    with pytest.raises(UserError, match="adapter in finished was trained over base, and there is no such folder"):
+        generate.main(**ask)
+    assert generate.main(**ask, base_model="moved") == expected["answer"]
+
+
 def test_help_names_every_command_and_a_space_makes_a_question_of_one(model_folder, greedy, monkeypatch, capsys):
     lines = "/help\n /parms\n/etc/passwd\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="utf-8"))
@@ -149,10 +162,10 @@ def test_a_pipe_that_ends_without_exit_and_bytes_that_are_no_text(model_folder, 
 
 def test_an_impatient_second_ctrl_c_ends_the_answer_and_not_the_conversation(monkeypatch, capsys):
     class Engine:
-        def recent_turns(self, question, history, room):
+        def recent_turns(self, question, history, room, system):
             return history
 
-        def encode_chat(self, question, turns):
+        def encode_chat(self, question, turns, system):
             return question
 
         def stream(self, question, sampling, statistics):
@@ -237,6 +250,15 @@ def test_a_conversation_in_a_terminal(terminal):
     terminal.read_until(r"\[12 tokens")
     terminal.type("/undo\r")
     terminal.read_until("Taken back: 我们的好")
+
+    # Several lines are one question: pasted, after Alt-Enter, and between quotes.
+    for keys in ("\x1b[200~天\n气\x1b[201~\r", "天\x1b\r气\r", '"""天\r气"""\r'):
+        terminal.read_until(">")
+        terminal.type(keys)
+        terminal.read_until(r"\[12 tokens")
+        terminal.read_until(">")
+        terminal.type("/undo\r")
+        terminal.read_until("Taken back: 天\r\n气\r\n")
 
     # Ctrl-C clears a line; during an answer it ends that answer, and what came of it stays in the conversation.
     terminal.read_until(">")

@@ -68,6 +68,15 @@ def engine(tiny_model) -> Engine:
     return load_engine(str(tiny_model), "", None)
 
 
+def test_log_probabilities_are_those_of_transformers(pair):
+    engine, model = pair
+    prompt_ids, answer_ids = engine.encode_chat(PROMPTS[0]), [7, 300, 2]
+    with torch.inference_mode():
+        scores = model(torch.tensor([[*prompt_ids, *answer_ids]])).logits[0].log_softmax(dim=-1)
+    found = engine.log_probabilities(prompt_ids, answer_ids)
+    torch.testing.assert_close(found, scores[len(prompt_ids) - 1 : -1], atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
 def test_greedy_tokens_are_those_of_transformers_generate(pair, penalty):
     engine, model = pair

@@ -12,6 +12,7 @@ from configs.command_line import configure, parse, usage
 from configs.download import DownloadConfig
 from configs.results import ConverterConfig, MergeConfig
 from configs.serving import ApiConfig, ChatConfig
+from configs.serving_check import ServingCheckConfig
 from configs.training import TrainingConfig
 from scripts import quickstart
 from utils.model.families import FAMILIES
@@ -25,6 +26,7 @@ COMMANDS = {
     "generate.py": ChatConfig,
     "api_stream.py": ApiConfig,
     MERGE: MergeConfig,
+    "inference/verify_serving.py": ServingCheckConfig,
     "inference/checkpoint_converter_fsdp_hf.py": ConverterConfig,
 }
 OUR_FLAGS = {name for config in COMMANDS.values() for name in re.findall(r"^  --(\S+)", usage(config), re.MULTILINE)}
@@ -76,7 +78,7 @@ def test_commands_are_understood(readme):
 
 def test_commands_of_the_quickstart_are_understood():
     commands = our_commands(quickstart.commands("owner/name"))
-    assert [script for script, _arguments in commands] == list(COMMANDS)[:-1]  # it has no use for the converter
+    assert [script for script, _arguments in commands] == list(COMMANDS)[:-2]  # it has no use for the last two
     for script, arguments in commands:
         parse(COMMANDS[script], arguments)
     for settings in (quickstart.PRETRAINING, "--use_peft " + quickstart.TUNING):

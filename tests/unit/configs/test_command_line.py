@@ -9,6 +9,7 @@ from configs.download import DownloadConfig
 from configs.errors import UserError
 from configs.results import MergeConfig
 from configs.serving import ApiConfig, ChatConfig
+from configs.serving_check import ServingCheckConfig
 from configs.training import TrainingConfig
 
 LLAMA_RECIPES_FLAGS = (
@@ -269,11 +270,22 @@ def test_all_problems_are_told_at_once():
     assert all(name in message for name in ("--lr", "--seed", "--lora_config.r", "--quantization"))
 
 
+def test_what_a_server_is_compared_with_is_checked_before_anything_is_loaded(monkeypatch):
+    said = complaint(ServingCheckConfig, "--endpoint", "localhost:8000", "--timeout", "0", "--tolerance", "-1")
+    assert all(part in said for part in ("--endpoint localhost:8000", "--timeout 0.0", "--tolerance -1.0"))
+    for address in ("", "http://", "http://[::1", "http://a:99999", "ftp://a"):
+        assert "--endpoint" in complaint(ServingCheckConfig, "--endpoint", address)
+    assert "no such folder" in complaint(ServingCheckConfig, "--endpoint", "http://a", "--report", "/no/where/r.json")
+    monkeypatch.setenv("OPENAI_API_KEY", "from outside")
+    assert parse(ServingCheckConfig, ["--endpoint", "http://a"]).key == "from outside"
+    assert parse(ServingCheckConfig, ["--endpoint", "http://a", "--api_key", "given"]).key == "given"
+
+
 def test_bytes_that_are_no_text_are_refused():
     assert "not UTF-8" in complaint(ChatConfig, "--prompt", b"\xc4\xe3".decode("utf-8", "surrogateescape"))
 
 
-@pytest.mark.parametrize("config_class", [TrainingConfig, ChatConfig, ApiConfig, MergeConfig])
+@pytest.mark.parametrize("config_class", [TrainingConfig, ChatConfig, ApiConfig, MergeConfig, ServingCheckConfig])
 def test_help_says_what_every_flag_means(config_class, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(config_class, ["--help"])

@@ -185,6 +185,13 @@ def test_many_at_once_and_decoding(folders, processor, kind):
     assert [tokenizer.decode([*ids, 2]) for ids in one_by_one] == texts
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.model alone", "tokenizer.json alone"])
+def test_ids_spelled_out_show_special_tokens_spaces_and_whole_characters(folders, kind):
+    tokenizer = Tokenizer(folders / kind)
+    ids = [1, *tokenizer.encode_after_special(["春  \n😀"])[0], 2]
+    assert tokenizer.spell(ids) == "<s>▁春▁▁\n😀</s>"
+
+
 def test_special_ids(folders):
     for kind in ("tokenizer.model alone", "with its config", "with both", "tokenizer.json alone"):
         tokenizer = Tokenizer(folders / kind)
