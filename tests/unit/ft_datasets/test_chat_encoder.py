@@ -214,12 +214,51 @@ def test_a_role_that_the_template_refuses_is_told_by_record(folders):
         "{% for m in messages %}{{ m.content[:0] }}<|im_end|>{% endfor %}",
         "{{ messages.nothing.at_all }}",
         "{{ messages[0].content / 2 }}",
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}"
+        "{% else %}assistant<|im_end|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
     ],
-    ids=["drops answers", "drops all texts", "undefined", "type"],
+    ids=["drops answers", "drops all texts", "undefined", "type", "ends before the answer"],
 )
 def test_a_template_that_loses_answers_is_refused_by_record(folders, tmp_path, source):
     with pytest.raises(UserError, match=r": 7\n.*--prompt_template alpaca"):
         encode_conversations([Conversation(7, learnt([("甲", "一")]))], with_template(folders, tmp_path, source))
+
+
+CHATML = TEMPLATES["chatml"]
+ASKED = "<|im_start|>user\n甲<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "answer", "asked", "expected"),
+    [
+        (CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'"), "一", f"{ASKED}<think>\n", "一"),
+        (
+            CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'").replace(
+                "message['content']", "message['content'].split('</think>')[-1].lstrip()"
+            ),
+            "<think>\n想</think>一",
+            f"{ASKED}<think>\n",
+            "想</think>一",
+        ),
+        (
+            "{% for m in messages if m.role == 'assistant' %}Answer: {{ m.content }}\n{% endfor %}" + CHATML,
+            "一<|im_end|>",
+            ASKED,
+            "一<|im_end|>",
+        ),
+        (CHATML.replace("in messages", "in messages | reverse"), "一", ASKED, "一"),
+    ],
+    ids=["thinking begun", "thinking begun and taken out", "answer before the question", "last message first"],
+)
+def test_an_answer_is_learnt_behind_what_asks_for_it(folders, tmp_path, source, answer, asked, expected):
+    """Although the template writes it behind other words, or in another place."""
+    encoder = with_template(folders, tmp_path, source)
+    messages = learnt([("甲", answer)])
+    (example,) = encode_conversations([Conversation(1, messages)], encoder)
+    prompt, said = encoder.prompt_ids(messages[:1]), encoder.tokenizer.encode(expected)
+    assert encoder.tokenizer.spell(prompt) == asked
+    assert example.input_ids.tolist() == [*prompt, *said, encoder.end_id]
+    assert example.learnt == ((len(prompt), len(example)),)
 
 
 def test_a_template_that_writes_no_end_gets_the_models_own(folders, tmp_path):
