@@ -105,6 +105,10 @@ def test_system_messages_and_answers_that_are_not_learnt(tmp_path):
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
             "no answer to learn",
         ),
+        (say("user", "assistant", conversations=[{"from": "human", "value": "a"}]), "beside another"),
+        ({"messages": [{"role": "user", "content": "a", "value": "b"}]}, '"content" beside another "value"'),
+        ({"messages": [{"role": "user", "from": "gpt", "content": "a"}]}, '"role" beside another "from"'),
+        ({"messages": [{"role": "user", "content": "a", "last": False}]}, 'a message with "last", which'),
         (say("user", "assistant", id=7, tools=["x"]), "--chat_dataset.ignore_fields id,tools allows it"),
         ("a: b", "not an object"),
     ],
@@ -138,6 +142,27 @@ def test_fields_that_would_be_lost_are_refused_unless_they_may_be(tmp_path):
     assert 'with "id", which would be dropped (--alpaca_dataset.ignore_fields id allows it): 1' in told
     found = load(tmp_path, entries, AlpacaDataset(ignore_fields=["id"]))
     assert found == [record(1, "a", "", "b"), record(2, "a", "", "b")]
+
+
+def test_fields_of_messages_may_be_ignored_too(tmp_path):
+    asked = {"role": "user", "content": "问", "name": "甲"}
+    entries = [{"messages": [asked, {"role": "assistant", "content": "答"}], "conversations": []}]
+    told = complaint(tmp_path, entries)
+    assert 'a message with "name", which would be dropped (--chat_dataset.ignore_fields name allows it): 1' in told
+    (found,) = load(tmp_path, entries, ChatDataset(ignore_fields=["name"]))
+    assert found.messages == (ASKED, ANSWERED)
+
+
+def test_nothing_is_lost_where_fields_have_other_names(tmp_path):
+    """Neither what has a message's name and is the record's, nor what has the name that another field is read by."""
+    messages = [{"role": "user", "text": "问"}, {"role": "assistant", "text": "答"}]
+    renamed = {"columns": ["content=text"]}
+    told = complaint(tmp_path, [{"messages": messages, "text": "a"}], ChatDataset(**renamed))
+    assert 'with "text", which would be dropped' in told
+    entries = [{"messages": [{**messages[0], "content": "别的"}, messages[1]]}]
+    assert 'a message with "content", which would be dropped' in complaint(tmp_path, entries, ChatDataset(**renamed))
+    (found,) = load(tmp_path, entries, ChatDataset(ignore_fields=["content"], **renamed))
+    assert found.messages == (ASKED, ANSWERED)
 
 
 def test_fields_by_other_names(tmp_path):
