@@ -18,7 +18,8 @@ from ft_datasets.custom_dataset import load_custom
 from ft_datasets.encoding import encode_conversations, fitting, split_examples
 from ft_datasets.examples import Example
 from ft_datasets.kinds import load_conversations
-from ft_datasets.records import DataFiles
+from ft_datasets.prompt import USE_ALPACA
+from ft_datasets.records import DataFiles, name_records
 from ft_datasets.shared_prefixes import share_prefixes
 
 
@@ -133,6 +134,18 @@ def _encode(
     examples = [replace(example, text=encoder.tokenizer.decode(example.input_ids.tolist())) for example in examples]
     encoded = encode_conversations(conversations, encoder, config.num_workers_dataloader)
     in_order = sorted([*examples, *encoded], key=lambda example: example.number)
+    most = encoder.tokenizer.embeddings
+    if beyond := [example.number for example in in_order if example.input_ids.max() >= most]:
+        raise UserError(
+            _(
+                "The model has embeddings for {most} tokens, and these records hold others: {numbers}. Tokens are to "
+                "be those of the model's own tokenizer; where its template writes others, train in other words: "
+                "{advice}",
+                most=most,
+                numbers=name_records(list(dict.fromkeys(beyond))),
+                advice=USE_ALPACA,
+            )
+        )
     return fitting(in_order, config.max_seq_length, report)
 
 

@@ -141,7 +141,8 @@ class Tokenizer:
         stop_ids: every id that ends an answer in generation (eos_id among them).
         special_tokens: what a template may write, by its text; no text of a user or of the data becomes one.
         named_tokens: the texts of those that a template may name, such as bos_token.
-        vocab_size: how many tokens there are.
+        vocab_size: how many tokens there are, but for those that stand beside tokenizer.model.
+        embeddings: how many tokens the model has embeddings for.
         fingerprint: a hash over the files that define the tokens.
     """
 
@@ -167,6 +168,7 @@ class Tokenizer:
             raise UserError(_("{file} can't be read as a tokenizer ({error}).", file=source, error=error)) from error
 
         self.vocab_size = self._backend.vocab_size
+        self.embeddings: int = model_config.get("vocab_size", self.vocab_size)
         eos_of_model = _as_list(generation.get("eos_token_id")) or _as_list(model_config.get("eos_token_id"))
         self.eos_id = self._special_id(config, "eos_token", "</s>", eos_of_model)
         self.eos_token = self._backend.id_to_token(self.eos_id) or self._token_text(config, "eos_token", "</s>")
