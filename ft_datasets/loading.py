@@ -80,8 +80,14 @@ def load_data(
     source_of = {conversation.number: conversation.source for conversation in conversations}
     sources = [source_of[example.number] for example in training]
     mixed = mix(training, sources, config.data.times, config.seed)
-    if not mixed:
-        raise UserError(_("--{name}.weights leave nothing to train on: raise them.", name=config.dataset))
+    if lost := set(sources) - {source_of[example.number] for example in mixed}:
+        raise UserError(
+            _(
+                "--{name}.weights leave no example of {file} to train on: raise its weight, or leave the file out.",
+                name=config.dataset,
+                file=config.data.paths[min(lost)],
+            )
+        )
     return Data(mixed, held_out, files.origin)
 
 
@@ -112,7 +118,12 @@ def _load_custom(
 ) -> Data:
     from transformers import AutoTokenizer  # what such functions are written for
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+    except Exception as error:  # of many kinds, as the files have many ways to be wrong
+        raise UserError(
+            _("{file} can't be read as a tokenizer ({error}).", file=config.model_name, error=error)
+        ) from error
     training = _encode(config, load_custom(settings, tokenizer, "train"), encoder, report)
     held_out = load_custom(settings, tokenizer, "validation") if config.run_validation else []
     if not held_out:

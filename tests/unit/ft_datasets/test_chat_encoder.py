@@ -283,6 +283,15 @@ def test_a_template_with_a_fault_names_the_line(folders, tmp_path):
         with_template(folders, tmp_path, "{{ messages }}\n{% for %}")
     with pytest.raises(UserError, match="expected auto, alpaca, model, or a file"):
         encoder_of(folders["chatml"], str(tmp_path / "none.jinja"))
+    with pytest.raises(UserError, match="expected auto, alpaca, model, or a file"):
+        encoder_of(folders["chatml"], "a\0b")
+    with pytest.raises(UserError, match=r"own\.jinja.*recursion.*--prompt_template alpaca"):
+        with_template(folders, tmp_path, "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(folders, tmp_path):
+    (tmp_path / "marked.jinja").write_bytes(b"\xef\xbb\xbf" + TEMPLATES["chatml"].encode())
+    assert encoder_of(folders["chatml"], str(tmp_path / "marked.jinja")).template.source == TEMPLATES["chatml"]
 
 
 def test_a_date_stays_what_it_was(folders, tmp_path):
@@ -324,5 +333,8 @@ def test_which_template_is_taken(folders, tmp_path):
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": template}]
     (bare / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": several}))
     assert chosen(bare).source == template
+    for none in ("", " \n", 3, {"a": 1}, ["a"], [{"name": "default", "text": "a"}], [{"name": ["a"], "template": "b"}]):
+        (bare / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": none}))
+        assert chosen(bare).name == "alpaca"
     (bare / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
     assert chosen(bare).source == "{{ messages[0]['content'] }}"

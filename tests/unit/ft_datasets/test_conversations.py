@@ -187,6 +187,7 @@ def test_fields_by_other_names(tmp_path):
         (["--alpaca_dataset.weights", "2,0"], "weights 0: each must be a number above 0"),
         (["--alpaca_dataset.weights", "2,nan"], "weights nan: each must be"),
         (["--alpaca_dataset.weights", "2,x"], "weights x: each must be"),
+        (["--alpaca_dataset.data_path", "a,b,a"], "has a twice: give it once, and --alpaca_dataset.weights 2"),
         (["--dataset", "chat_dataset"], "--chat_dataset.data_path needs a value"),
         (["--dataset", "custom_dataset"], "--custom_dataset.file needs a value"),
         (["--chat_dataset.data_path", "a"], "--chat_dataset has an effect only with --dataset chat_dataset"),
@@ -227,6 +228,11 @@ def test_files_are_mixed_by_their_weights(tiny_model, tmp_path):
     held = mixture(tiny_model, paths, ["2", "0.5", "1.25"], val_set_size=8)
     assert len(held) < len(found)
     assert mixture(tiny_model, paths, [], run_validation=False).total() == 34
+
+
+def test_a_weight_that_leaves_nothing_of_a_file_is_told(tiny_model, tmp_path):
+    with pytest.raises(UserError, match=r"--alpaca_dataset\.weights leave no example of .*b\.jsonl"):
+        mixture(tiny_model, write_files(tmp_path, 4, 4), ["1", "0.1"], run_validation=False)
 
 
 def test_a_mixture_has_the_same_order_each_time(tiny_model, tmp_path):
