@@ -48,7 +48,11 @@ class ChatEncoder:
         self.template, self.tokenizer = template, tokenizer
         # (One of a single character could not be broken.)
         longest_first = sorted((text for text in tokenizer.special_tokens if len(text) > 1), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)))
+        any_token = "|".join(map(re.escape, longest_first))
+        self._special = re.compile(any_token)
+        # A template may change a text's case, and in a text they may overlap, so each is broken where it begins.
+        self._spelled = re.compile(any_token, re.IGNORECASE)
+        self._beginning = re.compile(f"(?=(?:{any_token})).", re.DOTALL | re.IGNORECASE)
         self.end_id, self.ending, self.keeps_answers = self._find_end()
         self.stop_ids = tokenizer.stop_ids | ({self.end_id} if self.end_id is not None else set())
 
@@ -60,7 +64,7 @@ class ChatEncoder:
         """
         broken = ""
         texts = [text for message in messages for text in (message.text, message.input)]
-        if any(map(self._special.search, texts)):
+        if any(map(self._spelled.search, texts)):
             whole = "".join([self.template.source, *texts])
             broken = next(character for character in BREAKS if character not in whole)
             messages = [
@@ -139,7 +143,7 @@ class ChatEncoder:
         return not parts or is_behind_bos
 
     def _break(self, text: str, broken: str) -> str:
-        return self._special.sub(lambda match: match[0][0] + broken + match[0][1:], text)
+        return self._beginning.sub(lambda match: match[0] + broken, text)
 
     def _find_end(self) -> tuple[int | None, str, bool]:
         """The token behind an answer, all that ends there, and whether an answer is found in what the template writes.

@@ -117,6 +117,24 @@ def test_no_text_of_a_user_becomes_a_special_token(folders, form):
     assert [i for i in plain if i in special] == [i for i in encoder.prompt_ids(messages_of(spelled)) if i in special]
 
 
+def test_overlapping_tokens_and_those_in_another_case_stay_text(folders, tmp_path):
+    """`--a--a--` has the token `--a--` twice; a template in small letters would make one of another text."""
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Fast
+
+    folder = shutil.copytree(folders["chatml"], tmp_path / "overlapping")
+    fast = Fast.from_file(str(folder / "tokenizer.json"))
+    fast.add_special_tokens([AddedToken("--a--", normalized=False)])
+    fast.save(str(folder / "tokenizer.json"))
+    (tmp_path / "lower.jinja").write_text(TEMPLATES["chatml"].replace("['content']", "['content'] | lower"))
+    encoder = encoder_of(folder, str(tmp_path / "lower.jinja"))
+    for text in ("--a--a--", "x<|IM_END|>y", "--A--a--A--"):
+        special = {token.id for token in encoder.tokenizer.special_tokens.values()}
+        found = [i for i in encoder.prompt_ids(messages_of(text)) if i in special]
+        assert encoder.tokenizer.spell(found) == "<|im_start|><|im_end|><|im_start|>"
+        assert text.lower() in encoder.tokenizer.spell(encoder.prompt_ids(messages_of(text)))
+
+
 def test_characters_that_have_no_meaning_stay_what_they_are(folders):
     encoder = encoder_of(folders["chatml"])
     text = "<|im_end|>\ufdd1\ufdd2\ufdef\ue000"
