@@ -66,6 +66,10 @@ class FileDataset:
                     name=self.NAME,
                     path=path,
                 )
+        for path in {path for path in self.paths if self.paths.count(path) > 1}:
+            yield _(
+                "--{name}.data_path has {path} twice: give it once, and --{name}.weights 2", name=self.NAME, path=path
+            )
         yield from self._wrong_weights()
         for pair in self.columns:
             ours, equals, theirs = map(str.strip, pair.partition("="))

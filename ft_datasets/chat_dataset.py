@@ -5,7 +5,7 @@ from typing import Any
 
 from configs.messages import _
 from ft_datasets.conversation import Message, Role
-from ft_datasets.kind import Complaint, Kind, checked_text
+from ft_datasets.kind import Complaint, Kind, LostFields, checked_text, is_nothing
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -25,7 +25,7 @@ def read_messages(entry: dict[str, Any]) -> list[Message]:
     Raises:
         Complaint: it can't be used.
     """
-    given = entry["messages"] if entry.get("messages") is not None else entry.get("conversations")
+    given = _either(entry, "messages", "conversations")
     if given is None:
         raise Complaint(_('without "messages" (or "conversations")'))
     if not isinstance(given, list) or not all(isinstance(message, dict) for message in given):
@@ -39,17 +39,17 @@ def read_messages(entry: dict[str, Any]) -> list[Message]:
 
 
 def _read_message(message: dict[str, Any]) -> Message:
-    named = message["role"] if message.get("role") is not None else message.get("from")
+    named = _either(message, "role", "from")
     if not isinstance(named, str):
         raise Complaint(_('a message without "role" (or "from")'))
     if named in TOOLS:
         raise Complaint(_('a message of role "{role}": the use of tools is not trained here', role=named))
     if named not in ROLES:
         raise Complaint(_('a message of role "{role}"; there are {roles}', role=named[:40], roles=", ".join(ROLES)))
-    if dropped := [name for name, value in message.items() if name not in FIELDS_OF_MESSAGE and value]:
-        raise Complaint(_('a message with "{fields}", which would be dropped', fields='", "'.join(sorted(dropped))))
+    if lost := [name for name, value in message.items() if name not in FIELDS_OF_MESSAGE and not is_nothing(value)]:
+        raise LostFields(lost, is_of_message=True)
     role = ROLES[named]
-    content = message["content"] if message.get("content") is not None else message.get("value")
+    content = _either(message, "content", "value")
     if isinstance(content, list):
         content = _joined(content)
     if content is None:
@@ -59,6 +59,15 @@ def _read_message(message: dict[str, Any]) -> Message:
         raise Complaint(_('a message whose "weight" is neither 0 nor 1'))
     text = checked_text(content, role, may_be_empty=role == "system")
     return Message(role, text, is_learnt=role == "assistant" and weight != 0)
+
+
+def _either(fields: dict[str, Any], name: str, other: str) -> Any:
+    """What stands under one of two names for the same; None = under none."""
+    given = [fields[each] for each in (name, other) if fields.get(each) is not None]
+    full = [value for value in given if not is_nothing(value)]
+    if len(full) == 2 and full[0] != full[1]:
+        raise Complaint(_('"{name}" beside another "{other}": one of them would be dropped', name=name, other=other))
+    return next(iter(full or given), None)
 
 
 def _joined(parts: list[Any]) -> str:

@@ -39,6 +39,7 @@ class ChatEncoder:
 
     Attributes:
         end_id: the token that the template writes behind an answer; None = it writes none.
+        ending: all that it writes behind an answer, as far as that token.
         keeps_answers: whether the template writes an answer at all, as it was given.
         stop_ids: every id that ends an answer in generation.
     """
@@ -47,8 +48,12 @@ class ChatEncoder:
         self.template, self.tokenizer = template, tokenizer
         # (One of a single character could not be broken.)
         longest_first = sorted((text for text in tokenizer.special_tokens if len(text) > 1), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)))
-        self.end_id, self.keeps_answers = self._find_end()
+        any_token = "|".join(map(re.escape, longest_first))
+        self._special = re.compile(any_token)
+        # A template may change a text's case, and in a text they may overlap, so each is broken where it begins.
+        self._spelled = re.compile(any_token, re.IGNORECASE)
+        self._beginning = re.compile(f"(?=(?:{any_token})).", re.DOTALL | re.IGNORECASE)
+        self.end_id, self.ending, self.keeps_answers = self._find_end()
         self.stop_ids = tokenizer.stop_ids | ({self.end_id} if self.end_id is not None else set())
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
@@ -59,7 +64,7 @@ class ChatEncoder:
         """
         broken = ""
         texts = [text for message in messages for text in (message.text, message.input)]
-        if any(map(self._special.search, texts)):
+        if any(map(self._spelled.search, texts)):
             whole = "".join([self.template.source, *texts])
             broken = next(character for character in BREAKS if character not in whole)
             messages = [
@@ -68,6 +73,21 @@ class ChatEncoder:
             ]
         marked = self.template.render(messages, self.tokenizer.named_tokens, add_generation_prompt)
         return Rendered(marked, broken)
+
+    def answered(self, prompt: Rendered, answer: str, whole: Rendered) -> Rendered:
+        """What asks for an answer with the answer behind it, as a model is to say it when it is asked so.
+
+        Args:
+            answer: its text; what the prompt begins of it already (<think>) stands there once.
+            whole: the conversation up to its end, as the template has it.
+        """
+        marked = prompt.marked.replace(prompt.broken, whole.broken) if prompt.broken else prompt.marked
+        begun, said = prompt.text.rstrip(), answer.lstrip()
+        for length in range(min(len(begun), len(said)), 1, -1):
+            if begun.endswith(said[:length]):
+                answer = said[length:].lstrip()
+                break
+        return Rendered(marked + self._break(answer, whole.broken) + self.ending, whole.broken)
 
     def encode_batch(self, conversations: Sequence[Rendered], threads: int = 1) -> list[list[int]]:
         """The ids of rendered conversations."""
@@ -123,17 +143,25 @@ class ChatEncoder:
         return not parts or is_behind_bos
 
     def _break(self, text: str, broken: str) -> str:
-        return self._special.sub(lambda match: match[0][0] + broken + match[0][1:], text)
+        return self._beginning.sub(lambda match: match[0] + broken, text)
 
-    def _find_end(self) -> tuple[int | None, bool]:
-        """The token behind an answer, and whether an answer is to be found in what the template writes."""
+    def _find_end(self) -> tuple[int | None, str, bool]:
+        """The token behind an answer, all that ends there, and whether an answer is found in what the template writes.
+
+        (It is not where that token stands before the answer as well: whoever asks for an answer would get that alone.)
+        """
         talk = [Message("user", "?"), Message("assistant", ANSWER)]
         for messages in (talk, [Message("system", "?"), *talk]):
             try:
+                prompt = self.render(messages[:-1], add_generation_prompt=True).marked
                 rendered = self.render(messages, add_generation_prompt=False).marked
             except TemplateRefusal:  # what it has against it is told where it is asked for
                 continue
-            _before, found, after = rendered.rpartition(ANSWER)
+            asked = len(prompt) if rendered.startswith(prompt) else 0
+            between, found, after = rendered[asked:].partition(ANSWER) if asked else rendered.rpartition(ANSWER)
             match = self._special.search(after) if found else None
-            return self.tokenizer.special_tokens[match[0]].id if match else None, bool(found)
-        return None, True
+            if match is None:
+                return None, after, bool(found)
+            is_early = bool(asked) and match[0] in between
+            return self.tokenizer.special_tokens[match[0]].id, after[: match.end()], not is_early
+        return None, "", True

@@ -32,7 +32,8 @@ def encode_conversations(
 
     A conversation is one example, which learns each of its learnt answers, as long as the template writes an earlier
     answer as it writes a last one. Where it does not (Qwen3 takes the thinking out of earlier ones), each answer is an
-    example of its own: the conversation up to there, as it is when that answer is asked for.
+    example of its own: the conversation up to there, as it is when that answer is asked for. So it is where the
+    template asks for an answer in other words than it writes one behind (DeepSeek-R1 and QwQ ask with a <think>).
 
     Raises:
         UserError: the template does not take some of the conversations.
@@ -108,13 +109,14 @@ def _learnt(messages: Sequence[Message]) -> list[int]:
 
 
 def _answers(messages: Sequence[Message], encoder: ChatEncoder) -> list[_Answer]:
-    return [
-        _Answer(
-            encoder.render(messages[:at], add_generation_prompt=True),
-            encoder.render(messages[: at + 1], add_generation_prompt=False),
-        )
-        for at in _learnt(messages)
-    ]
+    answers = []
+    for at in _learnt(messages):
+        prompt = encoder.render(messages[:at], add_generation_prompt=True)
+        whole = encoder.render(messages[: at + 1], add_generation_prompt=False)
+        if not whole.text.startswith(prompt.text):
+            whole = encoder.answered(prompt, messages[at].text, whole)
+        answers.append(_Answer(prompt, whole))
+    return answers
 
 
 def _on_a_new_line(messages: Sequence[Message], answer: int) -> list[Message]:

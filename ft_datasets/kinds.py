@@ -1,15 +1,15 @@
 """The kinds of data that files hold, and how a file of one becomes conversations: the only list of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from configs.datasets import FileDataset
 from configs.errors import UserError
 from configs.messages import _
 from ft_datasets.alpaca_dataset import ALPACA
-from ft_datasets.chat_dataset import CHAT
+from ft_datasets.chat_dataset import CHAT, FIELDS_OF_MESSAGE
 from ft_datasets.conversation import Conversation
-from ft_datasets.kind import Complaint, Kind
+from ft_datasets.kind import Complaint, Kind, LostFields, is_nothing
 from ft_datasets.records import DataFiles, Entry, name_entries, read_entries
 
 KINDS = {"alpaca_dataset": ALPACA, "chat_dataset": CHAT}
@@ -33,7 +33,11 @@ def load_conversations(settings: FileDataset, files: DataFiles) -> list[Conversa
         try:
             messages = tuple(read_record(entry.value, kind, settings))
         except Complaint as complaint:
-            complaints.setdefault(str(complaint), []).append(entry._replace(value=None))
+            told = str(complaint)
+            if isinstance(complaint, LostFields):
+                flag = f"--{settings.NAME}.ignore_fields {','.join(complaint.names)}"
+                told += _(" ({flag} allows it)", flag=flag)
+            complaints.setdefault(told, []).append(entry._replace(value=None))
         else:
             conversations.append(Conversation(entry.number, messages, entry.source))
     if complaints:
@@ -51,33 +55,34 @@ def read_record(value: Any, kind: Kind, settings: FileDataset) -> list[Any]:
     """
     if not isinstance(value, dict):
         raise Complaint(_("not an object with named fields"))
-    renamed = settings.renamed
+    renamed, ignored = settings.renamed, set(settings.ignore_fields)
     entry = {name: value[name] for name in value if name not in renamed}
     entry |= {ours: value[theirs] for theirs, ours in renamed.items() if theirs in value}
-    for name in ("messages", "conversations") if renamed else ():
+    for name in ("messages", "conversations") if renamed or ignored else ():
         if isinstance(entry.get(name), list):
-            entry[name] = [_renamed_message(message, renamed) for message in entry[name]]
+            entry[name] = [_renamed_message(message, renamed, ignored) for message in entry[name]]
     messages = kind.read_messages(entry)
-    if dropped := sorted(set(_dropped(value, kind, renamed)) - set(settings.ignore_fields)):
-        flag = f"--{settings.NAME}.ignore_fields {','.join(dropped)}"
-        fields = '", "'.join(dropped)
-        raise Complaint(_('with "{fields}", which would be dropped ({flag} allows it)', fields=fields, flag=flag))
+    if lost := set(_lost(value, kind.fields, renamed)) - ignored:
+        raise LostFields(lost)
     return messages
 
 
-def _dropped(value: dict[str, Any], kind: Kind, renamed: dict[str, str]) -> Iterator[str]:
-    """Names of what a record holds beside what is read."""
+def _lost(value: dict[str, Any], fields: Sequence[str], renamed: dict[str, str]) -> Iterator[str]:
+    """Names of what a record, or a message, holds beside the fields that are read."""
     replaced = {ours for theirs, ours in renamed.items() if theirs in value}
     for name, content in value.items():
-        is_read = name in renamed or (name in kind.fields and name not in replaced)
-        if not is_read and content not in (None, "", [], {}):
+        is_read = renamed[name] in fields if name in renamed else name in fields and name not in replaced
+        if not is_read and not is_nothing(content):
             yield str(name)
 
 
-def _renamed_message(message: Any, renamed: dict[str, str]) -> Any:
+def _renamed_message(message: Any, renamed: dict[str, str], ignored: Set[str]) -> Any:
     if not isinstance(message, dict):
         return message
-    found = {renamed.get(name, name): value for name, value in message.items()}
+    lost = set(_lost(message, FIELDS_OF_MESSAGE, renamed))
+    if replaced := lost.intersection(FIELDS_OF_MESSAGE) - ignored:
+        raise LostFields(replaced, is_of_message=True)
+    found = {renamed.get(name, name): value for name, value in message.items() if name not in lost & ignored}
     for name in ("role", "from"):
         if isinstance(found.get(name), str):
             found[name] = renamed.get(found[name], found[name])

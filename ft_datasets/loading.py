@@ -18,7 +18,8 @@ from ft_datasets.custom_dataset import load_custom
 from ft_datasets.encoding import encode_conversations, fitting, split_examples
 from ft_datasets.examples import Example
 from ft_datasets.kinds import load_conversations
-from ft_datasets.records import DataFiles
+from ft_datasets.prompt import USE_ALPACA
+from ft_datasets.records import DataFiles, name_records
 from ft_datasets.shared_prefixes import share_prefixes
 
 
@@ -79,8 +80,14 @@ def load_data(
     source_of = {conversation.number: conversation.source for conversation in conversations}
     sources = [source_of[example.number] for example in training]
     mixed = mix(training, sources, config.data.times, config.seed)
-    if not mixed:
-        raise UserError(_("--{name}.weights leave nothing to train on: raise them.", name=config.dataset))
+    if lost := set(sources) - {source_of[example.number] for example in mixed}:
+        raise UserError(
+            _(
+                "--{name}.weights leave no example of {file} to train on: raise its weight, or leave the file out.",
+                name=config.dataset,
+                file=config.data.paths[min(lost)],
+            )
+        )
     return Data(mixed, held_out, files.origin)
 
 
@@ -111,7 +118,12 @@ def _load_custom(
 ) -> Data:
     from transformers import AutoTokenizer  # what such functions are written for
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model_name)
+    except Exception as error:  # of many kinds, as the files have many ways to be wrong
+        raise UserError(
+            _("{file} can't be read as a tokenizer ({error}).", file=config.model_name, error=error)
+        ) from error
     training = _encode(config, load_custom(settings, tokenizer, "train"), encoder, report)
     held_out = load_custom(settings, tokenizer, "validation") if config.run_validation else []
     if not held_out:
@@ -133,6 +145,18 @@ def _encode(
     examples = [replace(example, text=encoder.tokenizer.decode(example.input_ids.tolist())) for example in examples]
     encoded = encode_conversations(conversations, encoder, config.num_workers_dataloader)
     in_order = sorted([*examples, *encoded], key=lambda example: example.number)
+    most = encoder.tokenizer.embeddings
+    if beyond := [example.number for example in in_order if example.input_ids.max() >= most]:
+        raise UserError(
+            _(
+                "The model has embeddings for {most} tokens, and these records hold others: {numbers}. Tokens are to "
+                "be those of the model's own tokenizer; where its template writes others, train in other words: "
+                "{advice}",
+                most=most,
+                numbers=name_records(list(dict.fromkeys(beyond))),
+                advice=USE_ALPACA,
+            )
+        )
     return fitting(in_order, config.max_seq_length, report)
 
 

@@ -219,8 +219,8 @@ def choose_template(wanted: str, folder: Path, tokenizer: Tokenizer, day: str = 
         return PromptTemplate.alpaca(tokenizer)
     if wanted not in ("auto", "model"):
         try:
-            return _fixed(wanted, Path(wanted).read_text(encoding="utf-8"), day)
-        except (OSError, UnicodeDecodeError) as error:
+            source = Path(wanted).read_text(encoding="utf-8-sig")
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
             raise UserError(
                 _(
                     "--prompt_template {value}: expected auto, alpaca, model, or a file of Jinja ({error})",
@@ -228,6 +228,7 @@ def choose_template(wanted: str, folder: Path, tokenizer: Tokenizer, day: str = 
                     error=getattr(error, "strerror", None) or error,
                 )
             ) from error
+        return _fixed(wanted, source, day)
     source = own_template(folder)
     if source is not None:
         return _fixed("model", source, day)
@@ -248,14 +249,15 @@ def own_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
+            source = file.read_text(encoding="utf-8")
+            return source if source.strip() else None
         except UnicodeDecodeError as error:
             raise UserError(_("{file} can't be read ({error}).", file=file, error=error)) from error
     found = read_settings(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):  # several, each with its name
-        named = {each["name"]: each["template"] for each in found if isinstance(each, dict) and len(each) == 2}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+        defaults = [each for each in found if isinstance(each, dict) and each.get("name") == "default"]
+        found = defaults[-1].get("template") if defaults else None
+    return found if isinstance(found, str) and found.strip() else None
 
 
 FIXED_DAY = "{%- macro strftime_now(format) -%}"
@@ -274,13 +276,13 @@ def _fixed(name: str, source: str, day: str) -> PromptTemplate:
 
     try:
         render_jinja_template([], chat_template=source)
-    except TemplateSyntaxError as error:
+    except (TemplateSyntaxError, RecursionError) as error:  # RecursionError: a thousand brackets
         raise UserError(
             _(
                 "The chat template ({name}) can't be read, line {line}: {error}. Mend it, or: {advice}",
                 name=name,
-                line=error.lineno,
-                error=error.message,
+                line=getattr(error, "lineno", 1),
+                error=error,
                 advice=USE_ALPACA,
             )
         ) from error

@@ -141,7 +141,8 @@ class Tokenizer:
         stop_ids: every id that ends an answer in generation (eos_id among them).
         special_tokens: what a template may write, by its text; no text of a user or of the data becomes one.
         named_tokens: the texts of those that a template may name, such as bos_token.
-        vocab_size: how many tokens there are.
+        vocab_size: how many tokens there are, but for those that stand beside tokenizer.model.
+        embeddings: how many tokens the model has embeddings for.
         fingerprint: a hash over the files that define the tokens.
     """
 
@@ -167,14 +168,15 @@ class Tokenizer:
             raise UserError(_("{file} can't be read as a tokenizer ({error}).", file=source, error=error)) from error
 
         self.vocab_size = self._backend.vocab_size
-        eos_of_model = _as_list(generation.get("eos_token_id")) or _as_list(model_config.get("eos_token_id"))
+        self.embeddings: int = model_config.get("vocab_size", self.vocab_size)
+        eos_of_model = _ids(generation, "eos_token_id") or _ids(model_config, "eos_token_id")
         self.eos_id = self._special_id(config, "eos_token", "</s>", eos_of_model)
         self.eos_token = self._backend.id_to_token(self.eos_id) or self._token_text(config, "eos_token", "</s>")
         self.stop_ids = frozenset([self.eos_id, *eos_of_model])
         if isinstance(self._backend, _FastTokenizer):
             self.bos_ids = self._backend.added_before()
         elif config.get("add_bos_token", True):
-            self.bos_ids = [self._special_id(config, "bos_token", "<s>", _as_list(model_config.get("bos_token_id")))]
+            self.bos_ids = [self._special_id(config, "bos_token", "<s>", _ids(model_config, "bos_token_id"))]
         else:
             self.bos_ids = []
         self.bos_token = "".join(self._backend.id_to_token(i) or "" for i in self.bos_ids)
@@ -210,12 +212,13 @@ class Tokenizer:
         """The tokenizer's own special tokens, and what tokenizer_config.json and added_tokens.json add to them."""
         found = dict(self._backend.special_tokens)
         if isinstance(self._backend, _SentencePiece):  # a tokenizer.json holds its added tokens itself
-            found |= {text: SpecialToken(i) for text, i in added.items() if isinstance(i, int)}
+            found |= {text: SpecialToken(i) for text, i in added.items() if text and type(i) is int and i >= 0}
             decoder = config.get("added_tokens_decoder")
             for i, token in (decoder if isinstance(decoder, dict) else {}).items():
-                if i.isdigit() and isinstance(token, dict) and token.get("special") and token.get("content"):
-                    strips = (bool(token.get("lstrip")), bool(token.get("rstrip")))
-                    found[token["content"]] = SpecialToken(int(i), *strips)
+                if not (i.isdecimal() and isinstance(token, dict) and token.get("special")):
+                    continue
+                if text := self._token_text(token, "content", ""):
+                    found[text] = SpecialToken(int(i), bool(token.get("lstrip")), bool(token.get("rstrip")))
         ends = {self.eos_token: self.eos_id}
         if len(self.bos_ids) == 1:
             ends[self.bos_token] = self.bos_ids[0]
@@ -234,7 +237,10 @@ class Tokenizer:
     @staticmethod
     def _token_text(config: dict[str, Any], name: str, usual: str) -> str:
         token = config.get(name) or usual
-        return token["content"] if isinstance(token, dict) else token
+        text = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(text, str):
+            raise _wrong("tokenizer_config.json", name, token)
+        return text
 
 
 def _joined_bytes(pieces: str) -> str:
@@ -246,8 +252,24 @@ def _joined_bytes(pieces: str) -> str:
     return re.sub(r"(<0x[0-9A-F]{2}>)+", text, pieces)
 
 
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+def _ids(settings: dict[str, Any], name: str) -> list[int]:
+    """The token ids, one or several, of a model's settings; none where there are none."""
+    value = settings.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise _wrong("config.json, generation_config.json", name, value)
+    return ids
+
+
+def _wrong(file: str, name: str, value: Any) -> UserError:
+    return UserError(
+        _(
+            "{name} of the model's folder ({file}) can't be {value}. Correct it, or copy or download the file again.",
+            name=name,
+            file=file,
+            value=f"{value!r:.60}",
+        )
+    )
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -14,7 +14,14 @@ from ft_datasets.tokenizer import Tokenizer
 from utils.download.dataset import fetch_data
 from utils.machine.launch import was_restarted
 from utils.machine.memory import forget_peak, limit_memory
-from utils.machine.world import World, check_ranks_agree, check_shared, decide_on_main, sharding_group_size
+from utils.machine.world import (
+    World,
+    check_ranks_agree,
+    check_shared,
+    decide_on_main,
+    done_by_all,
+    sharding_group_size,
+)
 from utils.model.adapters import trainable_parameters
 from utils.model.digests import in_background
 from utils.model.folder import ModelFolder
@@ -98,7 +105,7 @@ def read_data(config: TrainingConfig, world: World, encoder: ChatEncoder, say: r
     files = decide_on_main(world, lambda: fetch_data(config.data, say))
     say(_("Reading {file} …", file=files or config.data.data_path))
     say(report.which_template(encoder.template))
-    return load_data(config, encoder, say, files)
+    return done_by_all(lambda: load_data(config, encoder, say, files))
 
 
 def find_where_to_start(

@@ -106,6 +106,9 @@ def test_it_goes_on_without_the_adapter_as_if_never_stopped(first_stages, run, t
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert json.loads((stopped / "training_config.json").read_text())["from_adapter"] == origin
+    checkpoint = stopped / "checkpoints" / "step-4"
+    elsewhere = run(tmp_path / "elsewhere", "--from_adapter", first, "--resume", checkpoint, steps=5)
+    assert json.loads((elsewhere / "training_config.json").read_text())["from_adapter"] == origin
     with pytest.raises(UserError, match=f"There is no adapter in {first}"):
         run(tmp_path / "another", "--from_adapter", first)
 
@@ -171,6 +174,10 @@ def test_flags_that_contradict_are_refused_by_name(first_stages, run, tmp_path, 
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),
         ({"target_modules": ".*q_proj"}, "target_modules .*q_proj"),
+        ({"target_modules": [1]}, "target_modules [1]"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save lm_head"),
+        ({"r": 0}, "with r 0"),
+        ({"lora_alpha": "32"}, "with lora_alpha 32"),
         ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight is not in both"),
         ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "k_proj.lora_A.weight is not in both"),
         ({"r": 5}, "lora_A.weight is not in both"),
@@ -191,6 +198,8 @@ def test_it_is_for_the_adapters_own_base_and_another_folder(first_stages, run, t
     shutil.copyfile(tiny_model / "tokenizer.model", other / "tokenizer.model")
     with pytest.raises(UserError, match="was trained over another base model"):
         run(tmp_path / "second", "--from_adapter", first, "--model_name", other)
+    with pytest.raises(UserError, match="/ "):  # a folder that is in none
+        run(tmp_path / "second", "--from_adapter", first, "--resume", "/")
     with pytest.raises(UserError, match="is the folder of --from_adapter"):
         run(first, "--from_adapter", first)
     with pytest.raises(UserError, match="--from_adapter has an effect only with --use_peft --peft_method lora"):

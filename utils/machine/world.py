@@ -120,6 +120,27 @@ def decide_on_main(world: World, decide: Callable[[], Result]) -> Result:
     return result
 
 
+def done_by_all(work: Callable[[], Result]) -> Result:
+    """Call `work` on every process; where some of them have something to tell the user, all end, and rank 0 tells it.
+
+    Raises:
+        UserError: of this process, else of the first one that has one.
+    """
+    result: Result | None = None
+    error: UserError | None = None
+    try:
+        result = work()
+    except UserError as failure:
+        error = failure
+    errors = gathered_from_all(error)
+    if error is not None:
+        raise error
+    for rank, other in enumerate(errors):
+        if other is not None:
+            raise UserError(_("[process {rank}] {message}", rank=rank, message=other))
+    return result
+
+
 def check_shared(world: World, folder: Path) -> None:
     """Refuse a folder that is not the same for all processes: each of them writes its part of a checkpoint there.
 

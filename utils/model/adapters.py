@@ -161,8 +161,14 @@ def stored_lora(folder: Path) -> LoraConfig:
     changed = {name: value for name, value in others.items() if value != usual.get(name) and value != "gaussian"}
     if stored.get("peft_type") != "LORA":
         changed = {"peft_type": stored.get("peft_type")}
-    elif not isinstance(stored["target_modules"], list):  # a pattern
-        changed = {"target_modules": stored["target_modules"]}
+    for name, is_right in {
+        "r": lambda value: type(value) is int and value > 0,
+        "lora_alpha": lambda value: type(value) in (int, float) and value > 0,
+        "target_modules": _are_names,  # else a pattern
+        "modules_to_save": lambda value: value is None or _are_names(value),
+    }.items():
+        if stored.get("peft_type") == "LORA" and not is_right(stored.get(name)):
+            changed = {name: stored.get(name)}
     if changed:
         setting, value = next(iter(changed.items()))
         raise UserError(
@@ -182,6 +188,10 @@ def stored_lora(folder: Path) -> LoraConfig:
         target_modules=sorted(stored["target_modules"]),
         modules_to_save=sorted(stored.get("modules_to_save") or []),
     )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def take_weights(model: nn.Module, folder: Path) -> None:

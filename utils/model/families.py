@@ -81,7 +81,7 @@ class Rope:
         kind = settings.get("rope_type", settings.get("type", "default"))
         length = config.get("max_position_embeddings", 2048)
         original = config.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
-        context, factor = length, settings.get("factor") or 1
+        context, factor = length, settings["factor"] if _is_positive(settings.get("factor")) else 1
         if kind == "dynamic":  # its factor is beside max_position_embeddings
             context = int(length * factor)
         elif kind == "yarn":
@@ -92,13 +92,30 @@ class Rope:
 
 def not_computed(config: dict[str, Any]) -> tuple[str, Any] | None:
     """What a config.json of a known family asks for that is not computed here, as its key and value; None = nothing."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key) or {}, dict):
+            return key, config[key]
     rope = Rope.of(config)
     if not isinstance(rope.kind, str) or not {*ROPE_KINDS.get(rope.kind, ("?",))} <= rope.settings.keys():
         return rope.key, rope.settings
     if any(isinstance(value, dict) for value in rope.settings.values()):  # angles of each layer type
         return rope.key, rope.settings
+    needed = [rope.settings[name] for name in ROPE_KINDS[rope.kind]] + [rope.settings.get("rope_theta", 1)]
+    if not all(map(_is_positive, needed)):
+        return rope.key, rope.settings
+    window = config.get("sliding_window")
+    is_window = isinstance(window, int) and _is_positive(window)
+    if window is not None and not is_window and config.get("use_sliding_window") is not False:
+        return "sliding_window", window
     for place in (config, rope.settings):
         if place.get("partial_rotary_factor") not in (None, 1):
             return "partial_rotary_factor", place["partial_rotary_factor"]
     others = sorted({*(config.get("layer_types") or ())} - {*LAYER_TYPES})
     return ("layer_types", others) if others else None
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether a setting is a number above 0, or a list of such."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_positive, value))
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -20,7 +20,7 @@ from utils.model.folder import ADAPTER_CONFIG, ModelFolder
 from utils.model.lora_forward import add_before_rounding
 from utils.model.tensor_files import is_whole
 from utils.runs.base_model import BaseIdentity, compared_by_first_rows, differences
-from utils.runs.description import described_template, read_training_config
+from utils.runs.description import described_template, read_training_config, run_gone_on_with
 
 
 def load_adapter(model: nn.Module, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -117,11 +117,7 @@ def second_stage(
             contradicts it.
     """
     folder = Path(config.from_adapter)
-    begun = None
-    if config.resume not in ("auto", "none"):
-        begun = Path(config.resume).absolute().parents[1]
-    elif config.resume == "auto" and any(config.checkpoints_dir.glob("step-*")):
-        begun = Path(config.output_dir)
+    begun = run_gone_on_with(config)
     described = read_training_config(begun) if begun else None
     if begun and described and described["settings"].get("from_adapter") == config.from_adapter:
         folder, lora = begun, TrainingConfig.restored(described["settings"]).lora_config
@@ -155,7 +151,8 @@ def origin_of_adapter(config: TrainingConfig, is_new: bool) -> dict[str, str]:
         is_new: the run begins now; one that goes on has kept it.
     """
     if not is_new:
-        return (read_training_config(Path(config.output_dir)) or {}).get("from_adapter", {})
+        begun = run_gone_on_with(config)
+        return ((read_training_config(begun) if begun else None) or {}).get("from_adapter", {})
     return {"folder": config.from_adapter, "sha256": sha256(adapter_file(Path(config.from_adapter)))}
 
 

@@ -51,6 +51,15 @@ def described_template(folder: Path, described: dict[str, Any], tokenizer: Token
         raise UserError(_("{file} can't be read ({error}).", file=folder / TRAINING_CONFIG, error=error)) from error
 
 
+def run_gone_on_with(config: TrainingConfig) -> Path | None:
+    """The output folder of the run that --resume goes on with; None = the run begins anew, or there is no such run."""
+    if config.resume == "none":
+        return None
+    if config.resume == "auto":
+        return Path(config.output_dir) if any(config.checkpoints_dir.glob("step-*")) else None
+    return next(iter(Path(config.resume).absolute().parents[1:2]), None)
+
+
 def template_for(
     config: TrainingConfig, tokenizer: Tokenizer, inherited: PromptTemplate | None = None
 ) -> PromptTemplate:
@@ -76,7 +85,8 @@ def _template_of_run(config: TrainingConfig, tokenizer: Tokenizer) -> PromptTemp
     if config.resume != "auto":
         identity = read_checkpoint(Path(config.resume)).state.identity
         return PromptTemplate.from_identity(identity["prompt_template"], tokenizer)
-    described = read_training_config(Path(config.output_dir))
+    begun = run_gone_on_with(config)
+    described = read_training_config(begun) if begun else None
     return PromptTemplate.from_dict(described["prompt_template"], tokenizer) if described else None
 
 

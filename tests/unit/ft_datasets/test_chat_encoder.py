@@ -117,6 +117,24 @@ def test_no_text_of_a_user_becomes_a_special_token(folders, form):
     assert [i for i in plain if i in special] == [i for i in encoder.prompt_ids(messages_of(spelled)) if i in special]
 
 
+def test_overlapping_tokens_and_those_in_another_case_stay_text(folders, tmp_path):
+    """`--a--a--` has the token `--a--` twice; a template in small letters would make one of another text."""
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Fast
+
+    folder = shutil.copytree(folders["chatml"], tmp_path / "overlapping")
+    fast = Fast.from_file(str(folder / "tokenizer.json"))
+    fast.add_special_tokens([AddedToken("--a--", normalized=False)])
+    fast.save(str(folder / "tokenizer.json"))
+    (tmp_path / "lower.jinja").write_text(TEMPLATES["chatml"].replace("['content']", "['content'] | lower"))
+    encoder = encoder_of(folder, str(tmp_path / "lower.jinja"))
+    for text in ("--a--a--", "x<|IM_END|>y", "--A--a--A--"):
+        special = {token.id for token in encoder.tokenizer.special_tokens.values()}
+        found = [i for i in encoder.prompt_ids(messages_of(text)) if i in special]
+        assert encoder.tokenizer.spell(found) == "<|im_start|><|im_end|><|im_start|>"
+        assert text.lower() in encoder.tokenizer.spell(encoder.prompt_ids(messages_of(text)))
+
+
 def test_characters_that_have_no_meaning_stay_what_they_are(folders):
     encoder = encoder_of(folders["chatml"])
     text = "<|im_end|>\ufdd1\ufdd2\ufdef\ue000"
@@ -214,12 +232,51 @@ def test_a_role_that_the_template_refuses_is_told_by_record(folders):
         "{% for m in messages %}{{ m.content[:0] }}<|im_end|>{% endfor %}",
         "{{ messages.nothing.at_all }}",
         "{{ messages[0].content / 2 }}",
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}"
+        "{% else %}assistant<|im_end|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
     ],
-    ids=["drops answers", "drops all texts", "undefined", "type"],
+    ids=["drops answers", "drops all texts", "undefined", "type", "ends before the answer"],
 )
 def test_a_template_that_loses_answers_is_refused_by_record(folders, tmp_path, source):
     with pytest.raises(UserError, match=r": 7\n.*--prompt_template alpaca"):
         encode_conversations([Conversation(7, learnt([("甲", "一")]))], with_template(folders, tmp_path, source))
+
+
+CHATML = TEMPLATES["chatml"]
+ASKED = "<|im_start|>user\n甲<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "answer", "asked", "expected"),
+    [
+        (CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'"), "一", f"{ASKED}<think>\n", "一"),
+        (
+            CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'").replace(
+                "message['content']", "message['content'].split('</think>')[-1].lstrip()"
+            ),
+            "<think>\n想</think>一",
+            f"{ASKED}<think>\n",
+            "想</think>一",
+        ),
+        (
+            "{% for m in messages if m.role == 'assistant' %}Answer: {{ m.content }}\n{% endfor %}" + CHATML,
+            "一<|im_end|>",
+            ASKED,
+            "一<|im_end|>",
+        ),
+        (CHATML.replace("in messages", "in messages | reverse"), "一", ASKED, "一"),
+    ],
+    ids=["thinking begun", "thinking begun and taken out", "answer before the question", "last message first"],
+)
+def test_an_answer_is_learnt_behind_what_asks_for_it(folders, tmp_path, source, answer, asked, expected):
+    """Although the template writes it behind other words, or in another place."""
+    encoder = with_template(folders, tmp_path, source)
+    messages = learnt([("甲", answer)])
+    (example,) = encode_conversations([Conversation(1, messages)], encoder)
+    prompt, said = encoder.prompt_ids(messages[:1]), encoder.tokenizer.encode(expected)
+    assert encoder.tokenizer.spell(prompt) == asked
+    assert example.input_ids.tolist() == [*prompt, *said, encoder.end_id]
+    assert example.learnt == ((len(prompt), len(example)),)
 
 
 def test_a_template_that_writes_no_end_gets_the_models_own(folders, tmp_path):
@@ -244,6 +301,15 @@ def test_a_template_with_a_fault_names_the_line(folders, tmp_path):
         with_template(folders, tmp_path, "{{ messages }}\n{% for %}")
     with pytest.raises(UserError, match="expected auto, alpaca, model, or a file"):
         encoder_of(folders["chatml"], str(tmp_path / "none.jinja"))
+    with pytest.raises(UserError, match="expected auto, alpaca, model, or a file"):
+        encoder_of(folders["chatml"], "a\0b")
+    with pytest.raises(UserError, match=r"own\.jinja.*recursion.*--prompt_template alpaca"):
+        with_template(folders, tmp_path, "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(folders, tmp_path):
+    (tmp_path / "marked.jinja").write_bytes(b"\xef\xbb\xbf" + TEMPLATES["chatml"].encode())
+    assert encoder_of(folders["chatml"], str(tmp_path / "marked.jinja")).template.source == TEMPLATES["chatml"]
 
 
 def test_a_date_stays_what_it_was(folders, tmp_path):
@@ -285,5 +351,8 @@ def test_which_template_is_taken(folders, tmp_path):
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": template}]
     (bare / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": several}))
     assert chosen(bare).source == template
+    for none in ("", " \n", 3, {"a": 1}, ["a"], [{"name": "default", "text": "a"}], [{"name": ["a"], "template": "b"}]):
+        (bare / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": none}))
+        assert chosen(bare).name == "alpaca"
     (bare / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
     assert chosen(bare).source == "{{ messages[0]['content'] }}"

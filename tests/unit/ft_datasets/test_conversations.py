@@ -105,6 +105,10 @@ def test_system_messages_and_answers_that_are_not_learnt(tmp_path):
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
             "no answer to learn",
         ),
+        (say("user", "assistant", conversations=[{"from": "human", "value": "a"}]), "beside another"),
+        ({"messages": [{"role": "user", "content": "a", "value": "b"}]}, '"content" beside another "value"'),
+        ({"messages": [{"role": "user", "from": "gpt", "content": "a"}]}, '"role" beside another "from"'),
+        ({"messages": [{"role": "user", "content": "a", "last": False}]}, 'a message with "last", which'),
         (say("user", "assistant", id=7, tools=["x"]), "--chat_dataset.ignore_fields id,tools allows it"),
         ("a: b", "not an object"),
     ],
@@ -140,6 +144,27 @@ def test_fields_that_would_be_lost_are_refused_unless_they_may_be(tmp_path):
     assert found == [record(1, "a", "", "b"), record(2, "a", "", "b")]
 
 
+def test_fields_of_messages_may_be_ignored_too(tmp_path):
+    asked = {"role": "user", "content": "问", "name": "甲"}
+    entries = [{"messages": [asked, {"role": "assistant", "content": "答"}], "conversations": []}]
+    told = complaint(tmp_path, entries)
+    assert 'a message with "name", which would be dropped (--chat_dataset.ignore_fields name allows it): 1' in told
+    (found,) = load(tmp_path, entries, ChatDataset(ignore_fields=["name"]))
+    assert found.messages == (ASKED, ANSWERED)
+
+
+def test_nothing_is_lost_where_fields_have_other_names(tmp_path):
+    """Neither what has a message's name and is the record's, nor what has the name that another field is read by."""
+    messages = [{"role": "user", "text": "问"}, {"role": "assistant", "text": "答"}]
+    renamed = {"columns": ["content=text"]}
+    told = complaint(tmp_path, [{"messages": messages, "text": "a"}], ChatDataset(**renamed))
+    assert 'with "text", which would be dropped' in told
+    entries = [{"messages": [{**messages[0], "content": "别的"}, messages[1]]}]
+    assert 'a message with "content", which would be dropped' in complaint(tmp_path, entries, ChatDataset(**renamed))
+    (found,) = load(tmp_path, entries, ChatDataset(ignore_fields=["content"], **renamed))
+    assert found.messages == (ASKED, ANSWERED)
+
+
 def test_fields_by_other_names(tmp_path):
     settings = AlpacaDataset(columns=["instruction=问题", "output = answer"])
     assert load(tmp_path, [{"问题": "a", "answer": "b", "input": "c"}], settings) == [record(1, "a", "c", "b")]
@@ -162,6 +187,7 @@ def test_fields_by_other_names(tmp_path):
         (["--alpaca_dataset.weights", "2,0"], "weights 0: each must be a number above 0"),
         (["--alpaca_dataset.weights", "2,nan"], "weights nan: each must be"),
         (["--alpaca_dataset.weights", "2,x"], "weights x: each must be"),
+        (["--alpaca_dataset.data_path", "a,b,a"], "has a twice: give it once, and --alpaca_dataset.weights 2"),
         (["--dataset", "chat_dataset"], "--chat_dataset.data_path needs a value"),
         (["--dataset", "custom_dataset"], "--custom_dataset.file needs a value"),
         (["--chat_dataset.data_path", "a"], "--chat_dataset has an effect only with --dataset chat_dataset"),
@@ -202,6 +228,11 @@ def test_files_are_mixed_by_their_weights(tiny_model, tmp_path):
     held = mixture(tiny_model, paths, ["2", "0.5", "1.25"], val_set_size=8)
     assert len(held) < len(found)
     assert mixture(tiny_model, paths, [], run_validation=False).total() == 34
+
+
+def test_a_weight_that_leaves_nothing_of_a_file_is_told(tiny_model, tmp_path):
+    with pytest.raises(UserError, match=r"--alpaca_dataset\.weights leave no example of .*b\.jsonl"):
+        mixture(tiny_model, write_files(tmp_path, 4, 4), ["1", "0.1"], run_validation=False)
 
 
 def test_a_mixture_has_the_same_order_each_time(tiny_model, tmp_path):

@@ -45,6 +45,13 @@ def test_records_of_both_forms_and_token_ids(tmp_path):
         ("{'input_ids': [[1, 2]], 'labels': [[1, 2]]}", "not lists of as many token ids"),
         ("{'input_ids': [1, 2 ** 40], 'labels': [1, 2]}", "not lists of as many token ids"),
         ("{'input_ids': ['a'], 'labels': [1]}", "not lists of as many token ids"),
+        ("{'input_ids': [1.5, 2.5], 'labels': [1.5, 2.5]}", "not lists of as many token ids"),
+        ("{'input_ids': ['1', '2'], 'labels': ['1', '2']}", "not lists of as many token ids"),
+        ("{'input_ids': [-3, 2], 'labels': [-3, 2]}", "not lists of as many token ids"),
+        ("{'input_ids': [True, True], 'labels': [1, 1]}", "not lists of as many token ids"),
+        ("{'input_ids': np.array([5, 2**32 + 7]), 'labels': np.array([5, 7])}", "not lists of as many token ids"),
+        ("{'input_ids': [0, 5, 6], 'labels': [-100, 5, 6], 'attention_mask': [0, 1, 1]}", "leave padding out"),
+        ("{'instruction': 'a', 'output': 'b', 'id': np.array([1, 2])}", 'with "id", which would be dropped'),
         ("{'input_ids': [], 'labels': []}", "not lists of as many token ids"),
         ("{'input_ids': [1, 2], 'labels': [1, 3]}", '"labels" holds others'),
         ("{'input_ids': [1, 2], 'labels': [1, -100]}", '"labels" leaves nothing to learn'),
@@ -55,7 +62,7 @@ def test_records_of_both_forms_and_token_ids(tmp_path):
 )
 def test_what_can_not_be_used_is_told_by_number(tmp_path, value, words):
     good = "{'instruction': 'a', 'output': 'b'}"
-    file = write(tmp_path, f"def get_custom_dataset(*_given):\n    return [{good}, {value}]\n")
+    file = write(tmp_path, f"import numpy as np\n\ndef get_custom_dataset(*_given):\n    return [{good}, {value}]\n")
     with pytest.raises(UserError, match=rf"(?s)my_data\.py \(train\).*{re.escape(words)}.*: 2$"):
         load_custom(CustomDataset(file), None, "train")
 
@@ -79,6 +86,40 @@ def test_a_function_that_is_not_there_or_fails_is_told_with_its_line(tmp_path):
     assert re.search(r"my_data\.py:3: ZeroDivisionError", told(later))
 
 
+def test_a_failure_is_told_by_the_line_of_the_users_own_file(tmp_path):
+    file = write(tmp_path, "import json\n\n\ndef get_custom_dataset(*_given):\n    return json.loads('{')\n")
+    with pytest.raises(UserError, match=r"my_data\.py:5: JSONDecodeError"):
+        load_custom(CustomDataset(file), None, "train")
+    with pytest.raises(UserError, match=r"syntax\.py:2: SyntaxError"):
+        load_custom(CustomDataset(write(tmp_path, "\ndef f(:", "syntax.py")), None, "train")
+    with pytest.raises(UserError, match=r"exits\.py:2: SystemExit"):
+        load_custom(CustomDataset(write(tmp_path, "import sys\nsys.exit(0)", "exits.py")), None, "train")
+
+
+@pytest.mark.parametrize("given", ["{'train': []}", "'abc'", "5"])
+def test_what_is_no_list_of_records_is_told_by_its_kind(tmp_path, given):
+    file = write(tmp_path, f"def get_custom_dataset(*_given):\n    return {given}\n")
+    with pytest.raises(UserError, match=r"my_data\.py gave a (dict|str|int) for train: a list of records"):
+        load_custom(CustomDataset(file), None, "train")
+
+
+@pytest.mark.parametrize("given", ["None", "[]", "iter(())"])
+def test_no_records_to_train_on_are_told(tmp_path, given):
+    file = write(tmp_path, f"def get_custom_dataset(*_given):\n    return {given}\n")
+    with pytest.raises(UserError, match="there are no records in it"):
+        load_custom(CustomDataset(file), None, "train")
+    assert load_custom(CustomDataset(file), None, "validation") == []
+
+
+def test_tables_and_a_tokenizers_own_mappings_are_read(tmp_path):
+    source = "from datasets import Dataset\nfrom transformers import BatchEncoding\n\n"
+    rows = "{'input_ids': [7, 8], 'labels': [-100, 8]}"
+    for given in (f"[BatchEncoding({rows})]", f"Dataset.from_list([{rows}]).with_format('torch')"):
+        file = write(tmp_path, f"{source}def get_custom_dataset(*_given):\n    return {given}\n")
+        (found,) = load_custom(CustomDataset(file), None, "train")
+        assert (found.input_ids.tolist(), found.learnt) == ([7, 8], ((1, 2),))
+
+
 def load(tmp_path, tiny_model, source: str, **more):
     config = TrainingConfig(model_name=str(tiny_model), dataset="custom_dataset", **more)
     config.custom_dataset.file = write(tmp_path, source)
@@ -98,6 +139,12 @@ def test_a_function_may_hold_examples_out_itself(tmp_path, tiny_model):
     assert len(load(tmp_path, tiny_model, source, run_validation=False).held_out) == 0
     split = load(tmp_path, tiny_model, source.replace("else 2", "else 0"), val_set_size=1)
     assert [len(split.training), len(split.held_out)] == [3, 1]
+
+
+def test_tokens_that_the_model_has_no_embedding_for_are_told_by_record(tmp_path, tiny_model):
+    rows = "[{'input_ids': [5, last], 'labels': [5, last]} for last in (599, 600, 70000)]"
+    with pytest.raises(UserError, match=r"embeddings for 600 tokens, and these records hold others: 2, 3\."):
+        load(tmp_path, tiny_model, f"def get_custom_dataset(*_given):\n    return {rows}\n")
 
 
 def examples_of_docs() -> dict[str, str]:

@@ -228,3 +228,31 @@ def test_folders_without_a_tokenizer_say_what_is_missing(tmp_path, folders):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not readable JSON"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "words"),
+    [
+        ("tokenizer_config.json", {"eos_token": ["</s>"]}, r"eos_token .*tokenizer_config\.json.* can't be \['</s>'\]"),
+        ("tokenizer_config.json", {"bos_token": {"text": "<s>"}}, "bos_token"),
+        ("tokenizer_config.json", {"pad_token": 7}, "pad_token .* can't be 7"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"5": {"content": 7, "special": True}}}, "can't be 7"),
+        ("generation_config.json", {"eos_token_id": ["2"]}, "eos_token_id"),
+        ("config.json", {"eos_token_id": {}}, "eos_token_id"),
+    ],
+)
+def test_settings_of_other_types_are_refused(tiny_model, tmp_path, file, settings, words):
+    shutil.copy(tiny_model / "tokenizer.model", tmp_path)
+    (tmp_path / file).write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        Tokenizer(tmp_path)
+
+
+def test_what_is_no_token_is_not_added(tiny_model, tmp_path):
+    shutil.copy(tiny_model / "tokenizer.model", tmp_path)
+    added = {"": 5, "<a>": True, "<b>": -1, "<c>": "7", "<d>": 600}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added), encoding="utf-8")
+    decoder = {"²": {"content": "<e>", "special": True}, "x": {}, "601": {"content": "", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}), encoding="utf-8")
+    found = {text: token.id for text, token in Tokenizer(tmp_path).special_tokens.items()}
+    assert found == {"<s>": 1, "</s>": 2, "<d>": 600}

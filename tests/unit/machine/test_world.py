@@ -4,7 +4,7 @@ import pytest
 
 from configs.errors import UserError
 from configs.fsdp import FsdpConfig
-from utils.machine.world import check_ranks_agree, sharding_group_size
+from utils.machine.world import check_ranks_agree, done_by_all, sharding_group_size
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,25 @@ def test_a_disagreement_names_each_rank_that_differs_from_rank_0(monkeypatch):
     ]
     said[1:] = [said[0]] * 2
     check_ranks_agree(said[0])
+
+
+def test_what_one_process_has_to_tell_ends_all_and_is_told_by_rank_0(monkeypatch):
+    """Of three processes the second can't read its data."""
+    told = [None, UserError("d.json is not there"), None]
+    assert done_by_all(lambda: 3) == 3
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+
+    def gather(gathered, _own) -> None:
+        gathered[:] = told
+
+    def fails() -> int:
+        raise UserError("d.json is not there")
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    with pytest.raises(UserError, match=r"^\[process 1\] d\.json is not there$"):  # where all went well
+        done_by_all(lambda: 3)
+    with pytest.raises(UserError, match=r"^d\.json is not there$"):
+        done_by_all(fails)
+    told[1] = None
+    assert done_by_all(lambda: 3) == 3

@@ -189,6 +189,12 @@ def test_to_freeze_all_layers_is_refused(tiny_model):
         },
         {"partial_rotary_factor": 0.5},
         {"layer_types": ["chunked_attention"]},
+        {"rope_scaling": [1]},
+        {"rope_scaling": {"rope_type": "linear", "factor": "2"}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "10000"}},
+        {"sliding_window": "8"},
+        {"sliding_window": -3},
     ],
     ids=str,
 )
