@@ -158,6 +158,14 @@ def test_a_file_appears_whole_or_not_at_all(base, tmp_path):
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
 
 
+@pytest.mark.parametrize("place", ["taken", "taken/out"])
+def test_a_place_that_is_no_folder_is_refused(base, tmp_path, place):
+    (tmp_path / "taken").write_text("stays")
+    with pytest.raises(UserError, match=r"taken.* can't be written"):
+        write(base, tmp_path / place)
+    assert (tmp_path / "taken").read_text() == "stays"
+
+
 def test_the_whole_file_is_on_the_disk_before_it_gets_its_name(base, tmp_path, monkeypatch):
     disk = DiskRecord(tmp_path, monkeypatch)
     file = GgufFile(ModelFolder(base), "f32")
