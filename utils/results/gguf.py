@@ -244,7 +244,8 @@ class GgufFile:
                 self.writer.close()
                 unfinished.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(_("{folder} can't be written ({error}).", folder=folder, error=error.strerror)) from error
+            told = error.strerror or error  # NumPy says of a full disk only how many numbers it has written
+            raise UserError(_("{folder} can't be written ({error}).", folder=folder, error=told)) from error
 
     def _write(self, file: Path) -> None:
         self.writer.write_header_to_file(file)
