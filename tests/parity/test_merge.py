@@ -202,6 +202,16 @@ def test_what_is_more_than_a_sum_of_matrices_is_refused_by_name(tiny_model, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize("changed", [{"lora_alpha": "8"}, {"lora_alpha": None}, {"alpha_pattern": {"[": 3}}], ids=str)
+def test_alphas_that_are_none_are_refused(tiny_model, tmp_path, changed):
+    adapter = random_adapter(tmp_path / "adapter", tiny_model, r=4, target_modules=["v_proj"])
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(UserError, match=r"adapters with lora_alpha .*, alpha_pattern .* can't be merged here"):
+        do_merge(tiny_model, adapter, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_a_vocabulary_that_has_grown_beside_the_adapter_is_refused(tiny_model, tmp_path):
     model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model.resize_token_embeddings(610, mean_resizing=False)

@@ -123,8 +123,14 @@ class LoraDelta:
         return self.tensors.get(name)
 
     def _scale(self, module: str, rank: int) -> float:
-        alpha = _pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        try:
+            alpha = _pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+            return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        except (KeyError, TypeError, AttributeError, re.error) as error:  # the file was changed by hand
+            setting = f"lora_alpha {self.config.get('lora_alpha')}, alpha_pattern {self.config.get('alpha_pattern')}"
+            raise UserError(
+                _("{folder}: adapters with {setting} can't be merged here.", folder=self.folder, setting=setting)
+            ) from error
 
 
 def _in_place_of(weight: torch.Tensor, saved: torch.Tensor, name: str) -> torch.Tensor:
