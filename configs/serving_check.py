@@ -38,7 +38,7 @@ class ServingCheckConfig(ModelConfig):
     @property
     def key(self) -> str:
         """The key, wherever it is from; '' = none."""
-        return self.api_key or os.environ.get("OPENAI_API_KEY", "")
+        return (self.api_key or os.environ.get("OPENAI_API_KEY", "")).strip()
 
     def problems(self) -> Iterator[str]:
         """What is missing or out of range."""
@@ -48,6 +48,8 @@ class ServingCheckConfig(ModelConfig):
         for name in ("max_new_tokens", "tolerance", "timeout"):
             if getattr(self, name) <= 0:
                 yield _("--{name} {value}: must be above 0", name=name, value=getattr(self, name))
+        if not (self.key.isascii() and self.key.isprintable()):
+            yield _("--api_key (or OPENAI_API_KEY): no key has such characters; it is sent in a header of HTTP")
         if self.report and not Path(self.report).absolute().parent.is_dir():
             yield _("--report {value}: there is no such folder", value=self.report)
 

@@ -38,7 +38,7 @@ def find_base(base_model: str, lora_weights: str) -> str:
         named = described["settings"].get("model_name")
     else:
         named = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not named:
+    if not named or not isinstance(named, str):
         return DEFAULT_BASE_MODEL
     places = [named, str(Path("models") / named), *([DEFAULT_BASE_MODEL] if described else [])]
     for place in places:

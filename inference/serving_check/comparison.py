@@ -313,7 +313,13 @@ def _reasons_of_answers(
         or (served_text == own_text and served.finish_reason == "length")
     )
     is_shorter = served_text != own_text and own_text.startswith(served_text)
-    if goes_on or (is_shorter and served.finish_reason == "stop"):
+    parted = _parting_token(own, served)
+    margin = own.margins[own.tokens.index(parted) if parted else -1] if own.margins else None
+    # Ending and going on can be as good as equally likely, but not where the server's answer spells our end out.
+    end = _plain(own.tokens[-1].text) if own.tokens else ""
+    spells_end = len(end) > len(own_text) and served_text.startswith(end)
+    is_tie = margin is not None and margin <= tolerance and not spells_end
+    if not is_tie and (goes_on or (is_shorter and served.finish_reason == "stop")):
         return ["stop"]
     if is_shorter and served.finish_reason == "length":
         return ["limit"]
@@ -321,9 +327,7 @@ def _reasons_of_answers(
         return ["quantization" if logprob_difference <= OF_QUANTIZATION else "weights"]
     if own_text == served_text:
         return []
-    parted = _parting_token(own, served)
-    margin = own.margins[own.tokens.index(parted) if parted else -1] if own.margins else 0.0
-    if margin <= tolerance:
+    if margin is None or margin <= tolerance:
         return ["rounding"]
     # Log-probabilities that were close up to there tell more than how surprising the one token is.
     return ["quantization" if logprob_difference is not None or margin <= OF_QUANTIZATION else "weights"]

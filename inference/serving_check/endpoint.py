@@ -1,6 +1,7 @@
 """A server of someone else's, asked what our own engine is asked: by OpenAI's protocol, or by polling POST /stream."""
 
 import contextlib
+import json
 import time
 import uuid
 from typing import Any
@@ -17,6 +18,8 @@ from utils.download.http import make_client, origin
 PASSING = (502, 503, 504)
 """What a server says while it loads its model, or a proxy before a server that is not there."""
 POLL_SECONDS = 0.05
+LONGEST_ANSWER = 2**26
+"""Bytes; no server that is asked for a few tokens says so much."""
 
 
 class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
@@ -79,7 +82,8 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
             message, tokens = choice["message"], _tokens((choice.get("logprobs") or {}).get("content") or [])
             thought = message.get("reasoning_content") or ""  # which some servers take out of the answer
             text = tokens[-1].text if thought and tokens else thought + (message["content"] or "")
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            counted = None if counted is None else int(counted)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise self._not_a_server() from error
         ids, prompt_text = self._prompt(messages)
         if ids is not None and counted not in (None, len(ids)):
@@ -140,16 +144,29 @@ class Endpoint(contextlib.AbstractContextManager["Endpoint"]):
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         """Status and JSON of an answer; {} where it is none."""
         try:
-            response = self._client.request(method, self.url + path, json=body, headers=self._headers)
-        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            with self._client.stream(method, self.url + path, json=body, headers=self._headers) as response:
+                content = self._read(response)
+        except (httpx2.RequestError, httpx2.InvalidURL) as error:
             raise self._silence(str(error) or type(error).__name__) from error
         try:
-            answer = response.json()
-        except ValueError:
+            # Half characters, which JSON can spell, could be neither printed nor written to a report.
+            answer = json.loads(json.dumps(json.loads(content), ensure_ascii=False).encode(errors="replace"))
+        except (ValueError, RecursionError):
             answer = {}
         if response.status_code in PASSING:
             raise self._silence(_reason_of(answer) or f"HTTP {response.status_code}")
         return response.status_code, answer if isinstance(answer, dict) else {}
+
+    def _read(self, response: httpx2.Response) -> bytes:
+        """The whole of an answer, which need not have an end."""
+        content, began = bytearray(), time.monotonic()
+        for piece in response.iter_bytes():
+            content += piece
+            if time.monotonic() - began > self.timeout:
+                raise self._silence(_("an answer without an end for {seconds} seconds", seconds=f"{self.timeout:g}"))
+            if len(content) > LONGEST_ANSWER:
+                raise self._not_a_server()
+        return bytes(content)
 
     def _check(self, status: int, answer: dict[str, Any]) -> None:
         if status != 200:

@@ -153,12 +153,13 @@ class Chat:
             print(_("Name a file: /save talk.jsonl") if turns else _("There is nothing to save."))
             return
         *before, (question, answer) = turns
+        file = Path(argument).expanduser() if argument.startswith("~/") else Path(argument)
         try:
-            append_record(Path(argument), [*messages_of(question, before, self.system), Message("assistant", answer)])
+            append_record(file, [*messages_of(question, before, self.system), Message("assistant", answer)])
         except UserError as error:
             print(error)
             return
-        print(_("Saved in {file} (one more record for chat_dataset).", file=argument))
+        print(_("Saved in {file} (one more record for chat_dataset).", file=file))
 
     def _params(self, argument: str) -> None:
         """`/params` shows the sampling settings, `/params top_p` one of them; `/params top_p 0.8` changes it."""

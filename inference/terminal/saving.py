@@ -32,8 +32,9 @@ def append_record(file: Path, messages: Sequence[Message]) -> None:
         record = {"messages": [{"role": message.role, "content": message.text} for message in messages]}
         begin = "\n" if size and not file.read_bytes().endswith(b"\n") else ""
         _append(file, (begin + json.dumps(record, ensure_ascii=False) + "\n").encode(), size, is_there)
-    except OSError as error:
-        raise UserError(_("{file} can't be written: {error}.", file=file, error=error.strerror or error)) from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        told = getattr(error, "strerror", None) or error
+        raise UserError(_("{file} can't be written: {error}.", file=file, error=told)) from error
 
 
 def _holds_conversations(file: Path) -> bool:

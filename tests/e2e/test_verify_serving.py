@@ -1,8 +1,10 @@
 """verify_serving.py against servers that do what servers do: right ones, and those with the common mistakes."""
 
+import contextlib
 import json
 import shutil
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
 
@@ -156,6 +158,55 @@ def test_a_server_that_can_not_be_asked(engine, verify):
         verify(server.url)
     with pytest.raises(NetworkGaveUpError, match="does not answer"):
         verify(server.url)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"usage": {"prompt_tokens": "many"}},
+        {"choices": [{"message": {"content": 5}}]},
+        {"choices": [{"message": {"content": "a"}, "logprobs": {"content": [{"bytes": [999], "logprob": -1.0}]}}]},
+        {"choices": [{"message": {"content": "a"}, "logprobs": {"content": [{"token": "a", "logprob": None}]}}]},
+    ],
+    ids=["count", "text", "bytes", "log-probability"],
+)
+def test_a_server_whose_answers_have_another_form(engine, verify, monkeypatch, changed):
+    complete = FakeChatServer.complete
+    monkeypatch.setattr(FakeChatServer, "complete", lambda server, body: complete(server, body) | changed)
+    with FakeChatServer(engine) as server, pytest.raises(UserError, match="does not speak OpenAI's protocol"):
+        verify(server.url)
+
+
+def test_half_a_character_of_a_servers_answer_is_told_and_reported(engine, verify, monkeypatch):
+    choice = {"message": {"content": "\ud83d"}, "finish_reason": "stop"}
+    monkeypatch.setattr(FakeChatServer, "complete", lambda *_arguments: {"choices": [choice]})
+    with FakeChatServer(engine) as server:
+        assert {each["answer_difference"]["served"] for each in verify(server.url)["comparisons"]} == {"?"}
+
+
+def test_an_answer_without_an_end_is_not_waited_for(verify, monkeypatch):
+    """Neither one that comes drop by drop, nor one that would fill the memory."""
+
+    class Endless(BaseHTTPRequestHandler):
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # whoever listens goes
+                while True:
+                    self.wfile.write(b" " * 1000)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(NetworkGaveUpError, match=r"an answer without an end for 0\.1 seconds"):
+            verify(url, timeout=0.1)
+        monkeypatch.setattr("inference.serving_check.endpoint.LONGEST_ANSWER", 10_000)
+        with pytest.raises(UserError, match="does not speak OpenAI's protocol"):
+            verify(url)
+        server.shutdown()
 
 
 @pytest.mark.parametrize("kind", ["vllm", "plain"])

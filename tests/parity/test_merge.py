@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from helpers.records import alpaca_encoder, alpaca_template
+from helpers.tiny_models import make_model
 from helpers.trainers import make_trainer, project_logits, save_adapter, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -170,6 +171,60 @@ def test_adapters_of_every_shape_merge_as_peft_computes_them(tiny_model, tmp_pat
     torch.testing.assert_close(merged_logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_trained_biases_merge_as_peft_computes_them(tmp_path):
+    base = make_model(tmp_path / "base", family="qwen2", random_vectors=True)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], bias="all"))
+    torch.manual_seed(7)
+    for parameter in filter(lambda parameter: parameter.requires_grad, adapted.parameters()):
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    do_merge(base, tmp_path / "adapter", tmp_path / "merged")
+    expected = model_logits(adapted.eval())
+    torch.testing.assert_close(merged_logits(tmp_path / "merged"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights pissa"),  # A and B are taken out of the base's weights
+        ({"init_lora_weights": "olora"}, "init_lora_weights olora"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),  # counts behind these tokens alone
+        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_more_than_a_sum_of_matrices_is_refused_by_name(tiny_model, tmp_path, settings, said):
+    adapter = random_adapter(tmp_path / "adapter", tiny_model, r=4, target_modules=["v_proj"], **settings)
+    with pytest.raises(UserError, match=f"adapters with {said} can't be merged here"):
+        do_merge(tiny_model, adapter, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("changed", [{"lora_alpha": "8"}, {"lora_alpha": None}, {"alpha_pattern": {"[": 3}}], ids=str)
+def test_alphas_that_are_none_are_refused(tiny_model, tmp_path, changed):
+    adapter = random_adapter(tmp_path / "adapter", tiny_model, r=4, target_modules=["v_proj"])
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(UserError, match=r"adapters with lora_alpha .*, alpha_pattern .* can't be merged here"):
+        do_merge(tiny_model, adapter, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_vocabulary_that_has_grown_beside_the_adapter_is_refused(tiny_model, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model.resize_token_embeddings(610, mean_resizing=False)
+    with warnings.catch_warnings():  # PEFT tells that it saves embedding and head too
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"])).save_pretrained(
+            str(tmp_path / "adapter")
+        )
+    with pytest.raises(UserError, match=r"has shape \(600, 64\) in the base model and \(610, 64\) in the adapter"):
+        do_merge(tiny_model, tmp_path / "adapter", tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_merged_weights_of_dora_are_those_of_pefts_merge(tiny_model, tmp_path):
     adapter = random_adapter(tmp_path / "adapter", tiny_model, r=4, target_modules=ALL_LINEAR, use_dora=True)
     do_merge(tiny_model, adapter, tmp_path / "merged")
@@ -261,6 +316,11 @@ def test_an_adapter_of_another_shape_is_refused_and_leaves_nothing(tiny_model, t
     with pytest.raises(UserError, match=r"model\.layers\.1"):
         do_merge(smaller, adapter, tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "smaller"]
+
+
+def test_a_name_that_no_folder_can_have_is_refused(tiny_model, adapters, tmp_path):
+    with pytest.raises(UserError, match=r"can't be written \(File name too long\)"):
+        do_merge(tiny_model, adapters[None], tmp_path / ("a" * 300))
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(tiny_model, adapters, tmp_path, monkeypatch):

@@ -235,15 +235,17 @@ class GgufFile:
         unfinished = folder / f"{GGUF}.unfinished"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._write(unfinished)
-            flush(unfinished)
-            write_durably(folder / MODELFILE, self.modelfile)
-            replace_durably(unfinished, folder / GGUF)
+            try:
+                self._write(unfinished)
+                flush(unfinished)
+                write_durably(folder / MODELFILE, self.modelfile)
+                replace_durably(unfinished, folder / GGUF)
+            finally:
+                self.writer.close()
+                unfinished.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(_("{folder} can't be written ({error}).", folder=folder, error=error.strerror)) from error
-        finally:
-            self.writer.close()
-            unfinished.unlink(missing_ok=True)
+            told = error.strerror or error  # NumPy says of a full disk only how many numbers it has written
+            raise UserError(_("{folder} can't be written ({error}).", folder=folder, error=told)) from error
 
     def _write(self, file: Path) -> None:
         self.writer.write_header_to_file(file)

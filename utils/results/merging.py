@@ -19,7 +19,7 @@ from configs.messages import _
 from configs.quantization import Quantization
 from ft_datasets.prompt import PromptTemplate
 from utils.files import free_space, read_json
-from utils.model.adapters import adapter_file
+from utils.model.adapters import LORA_SETTINGS, WITHOUT_EFFECT, adapter_file
 from utils.model.digests import whole_digest
 from utils.model.folder import ADAPTER_CONFIG, ModelFolder
 from utils.model.lora_forward import row_lengths
@@ -39,6 +39,15 @@ ARRIVES = 0.95
 
 QUANTIZED_SHARD_GB = 1.0
 """Largest file of quantised weights. A shard's tensors, made among larger ones that go, take twice their bytes."""
+
+MERGED_SETTINGS = LORA_SETTINGS.union(
+    WITHOUT_EFFECT,
+    "rank_pattern alpha_pattern exclude_modules layers_to_transform layers_pattern target_parameters bias".split(),
+    "ensure_weight_tying loftq_config eva_config megatron_config megatron_core qalora_group_size".split(),
+)
+"""Settings of a LoRA with any value of which it is merged as PEFT computes it."""
+INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
+"""What A and B may have begun with; others (PiSSA, OLoRA, ...) took theirs out of the base's weights."""
 
 
 class LoraDelta:
@@ -61,11 +70,10 @@ class LoraDelta:
                     kind=kind,
                 )
             )
-        for setting in ("fan_in_fan_out", "lora_bias"):
-            if self.config.get(setting):
-                raise UserError(
-                    _("{folder}: adapters with {setting} can't be merged here.", folder=folder, setting=setting)
-                )
+        for setting in _not_computed(self.config):
+            raise UserError(
+                _("{folder}: adapters with {setting} can't be merged here.", folder=folder, setting=setting)
+            )
         file = adapter_file(folder)
         if not file.is_file():
             raise UserError(_("{folder} has no adapter_model.safetensors: it is not whole.", folder=folder))
@@ -76,28 +84,21 @@ class LoraDelta:
     def apply(self, name: str, weight: torch.Tensor, quantization: Quantization | None) -> torch.Tensor:
         """The merged weight, in the dtype of `weight`."""
         replacement = self._take(name)  # modules_to_save: trained whole
+        if replacement is None and name.endswith(".bias"):  # trained beside the matrices
+            replacement = self._take(f"{name.removesuffix('.bias')}.base_layer.bias")
         if replacement is not None:
-            return replacement.to(weight.dtype)
+            return _in_place_of(weight, replacement, name)
         module = name.removesuffix(".weight")
         a, b = self._take(f"{module}.lora_A.weight"), self._take(f"{module}.lora_B.weight")
-        saved = self._take(f"{module}.base_layer.weight")  # PEFT saves an adapted head (resized, perhaps) whole
+        saved = self._take(f"{module}.base_layer.weight")  # PEFT saves an adapted head whole
         if saved is not None:
-            weight = saved.to(weight.dtype)
+            weight = _in_place_of(weight, saved, name)
         # As load_base_model quantises: the decoder's linear layers, whether or not they have an adapter.
         is_rounded = quantization and name.startswith("model.layers.") and weight.dim() == 2
         base = rounded_weight(weight, quantization) if is_rounded else weight
         if a is None or b is None:
             return base.to(weight.dtype)
-        if tuple(weight.shape) != (b.shape[0], a.shape[1]):
-            raise UserError(
-                _(
-                    "{name} has shape {base} in the base model and {adapter} in the adapter: they do not belong "
-                    "together.",
-                    name=name,
-                    base=tuple(weight.shape),
-                    adapter=(b.shape[0], a.shape[1]),
-                )
-            )
+        _check_shape(weight, (b.shape[0], a.shape[1]), name)
         base = base.float()
         added = self._scale(module, a.shape[0]) * (b.float() @ a.float())
         magnitude = self._take(f"{module}.lora_magnitude_vector")
@@ -122,8 +123,45 @@ class LoraDelta:
         return self.tensors.get(name)
 
     def _scale(self, module: str, rank: int) -> float:
-        alpha = _pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        try:
+            alpha = _pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+            return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        except (KeyError, TypeError, AttributeError, re.error) as error:  # the file was changed by hand
+            setting = f"lora_alpha {self.config.get('lora_alpha')}, alpha_pattern {self.config.get('alpha_pattern')}"
+            raise UserError(
+                _("{folder}: adapters with {setting} can't be merged here.", folder=self.folder, setting=setting)
+            ) from error
+
+
+def _in_place_of(weight: torch.Tensor, saved: torch.Tensor, name: str) -> torch.Tensor:
+    """A weight that the adapter holds whole, in the dtype of the base's."""
+    _check_shape(weight, tuple(saved.shape), name)
+    return saved.to(weight.dtype)
+
+
+def _check_shape(weight: torch.Tensor, shape: tuple[int, ...], name: str) -> None:
+    if tuple(weight.shape) != shape:
+        raise UserError(
+            _(
+                "{name} has shape {base} in the base model and {adapter} in the adapter: they do not belong together.",
+                name=name,
+                base=tuple(weight.shape),
+                adapter=shape,
+            )
+        )
+
+
+def _not_computed(config: dict[str, Any]) -> Iterator[str]:
+    """The settings of an adapter that make it something else than W + scale * B A over the base's own W."""
+    import peft
+
+    usual = peft.LoraConfig().to_dict()
+    for name, value in config.items():
+        is_unusual = bool(value) and value != usual.get(name)
+        if name == "init_lora_weights":
+            is_unusual = isinstance(value, str) and value not in INITIALISATIONS
+        if is_unusual and name not in MERGED_SETTINGS:
+            yield f"{name} {value}" if isinstance(value, str) else name
 
 
 def _pattern(patterns: dict[str, Any] | None, module: str, default: float) -> float:
@@ -176,10 +214,10 @@ def merge(
         UserError: `output` holds something already, the disk is too small, or base and adapter do not belong together.
     """
     delta, output = LoraDelta(adapter), output.resolve()
-    if output.is_dir() and any(output.iterdir()):
-        raise UserError(_("{folder} is not empty. Give another --output_dir, or remove it.", folder=output))
     staging = output.with_name(output.name + ".unfinished")
     try:
+        if output.is_dir() and any(output.iterdir()):
+            raise UserError(_("{folder} is not empty. Give another --output_dir, or remove it.", folder=output))
         if output.exists() and not output.is_dir():  # told before the work is done
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         shutil.rmtree(staging, ignore_errors=True)

@@ -276,7 +276,8 @@ def test_what_a_server_is_compared_with_is_checked_before_anything_is_loaded(mon
     for address in ("", "http://", "http://[::1", "http://a:99999", "ftp://a"):
         assert "--endpoint" in complaint(ServingCheckConfig, "--endpoint", address)
     assert "no such folder" in complaint(ServingCheckConfig, "--endpoint", "http://a", "--report", "/no/where/r.json")
-    monkeypatch.setenv("OPENAI_API_KEY", "from outside")
+    assert "--api_key" in complaint(ServingCheckConfig, "--endpoint", "http://a", "--api_key", "密钥")
+    monkeypatch.setenv("OPENAI_API_KEY", "from outside\n")
     assert parse(ServingCheckConfig, ["--endpoint", "http://a"]).key == "from outside"
     assert parse(ServingCheckConfig, ["--endpoint", "http://a", "--api_key", "given"]).key == "given"
 

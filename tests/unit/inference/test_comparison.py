@@ -50,6 +50,9 @@ def compared(tokenizer, own, served, tolerance=0.1):
         (answer(A, finish_reason="stop"), answer(A, B), "stop", 0.0),
         (answer(A, finish_reason="stop"), answer(A), "stop", 0.0),
         (answer(A, B), answer(A, finish_reason="stop"), "stop", 0.0),
+        (answer(A, margin=0.05, finish_reason="stop"), answer(A, B), "rounding", 0.0),
+        (answer(A, B, margin=0.05), answer(A, finish_reason="stop"), "rounding", 0.0),
+        (answer(A, margin=0.05, finish_reason="stop"), answer(("a", -1.5), B), "quantization", 0.5),
         (answer(A, B), answer(A), "limit", 0.0),
         (answer(A, finish_reason="stop"), answer(A, finish_reason=""), None, 0.0),
         (answer((" \n", -3.0), A), answer(A), None, 0.0),  # blanks at the ends don't count

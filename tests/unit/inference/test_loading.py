@@ -55,6 +55,10 @@ class TestTheBaseThatAnAdapterNames:
         assert find_base("", adapter) == "base"
         assert find_base("", "") == DEFAULT_BASE_MODEL
 
+    @pytest.mark.parametrize("base", [None, "", 5])
+    def test_a_name_that_is_none(self, base):
+        assert find_base("", self.adapter(base)) == DEFAULT_BASE_MODEL
+
     def test_the_record_of_the_run_comes_before_that_of_peft(self):
         adapter = self.adapter("base", "recorded")
         for name in ("base", "recorded"):

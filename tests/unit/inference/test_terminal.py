@@ -145,6 +145,16 @@ four
     assert engine.systems == ["", "", "Be brief.\nIn Chinese.", "Be brief.\nIn Chinese."]
 
 
+def test_files_in_the_users_own_folder_and_names_that_no_file_can_have(talk, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    talk(ToldEngine(), "a", "/save ~/talk.jsonl", "/save a\0b.jsonl", "/save ~nobody-of-that-name/talk.jsonl")
+    said = [line for line in capsys.readouterr().out.splitlines() if ".jsonl" in line]
+    assert said[0] == f"Saved in {tmp_path / 'talk.jsonl'} (one more record for chat_dataset)."
+    assert len(said) == 3 and all("can't be written" in line for line in said[1:])
+    assert len((tmp_path / "talk.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_conversation_is_saved_as_a_record(talk, tmp_path, capsys):
     file = tmp_path / "talk of today.jsonl"
     talk(

@@ -1,6 +1,7 @@
 import importlib
 import json
 import shutil
+import signal
 import weakref
 
 import gguf
@@ -156,6 +157,28 @@ def test_a_file_appears_whole_or_not_at_all(base, tmp_path):
     with pytest.raises(UserError, match=r"model\.gguf is there already"):
         write(base, output, "bf16")
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/out"])
+def test_a_place_that_is_no_folder_is_refused(base, tmp_path, place):
+    (tmp_path / "taken").write_text("stays")
+    with pytest.raises(UserError, match=r"taken.* can't be written"):
+        write(base, tmp_path / place)
+    assert (tmp_path / "taken").read_text() == "stays"
+
+
+def test_a_disk_that_is_full_leaves_nothing(base, tmp_path):
+    """The limit of a file's size ends NumPy's writing within a weight, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"can't be written \(\d+ requested and \d+ written\)"):
+            write(base, tmp_path / "out", "f32")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_the_whole_file_is_on_the_disk_before_it_gets_its_name(base, tmp_path, monkeypatch):
