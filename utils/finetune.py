@@ -83,6 +83,8 @@ def fine_tune(
         if start.checkpoint and not config.accept_changes:
             decide_on_main(world, lambda: check_same_base(start.checkpoint, base))
         description = describe_run(config, encoder, base, data.origin)
+        if data.held_out:
+            description["held_out_fingerprint"] = fingerprint(data.held_out)
         if config.from_adapter:
             description["from_adapter"] = origin_of_adapter(config, is_new=not start.checkpoint)
         train(trainer, description, say)

@@ -14,8 +14,9 @@ import llama_finetuning
 from configs.errors import UserError
 from ft_datasets.chat_encoder import ChatEncoder
 from ft_datasets.conversation import messages_of
-from ft_datasets.prompt import PromptTemplate
+from ft_datasets.prompt import PromptTemplate, choose_template
 from ft_datasets.tokenizer import Tokenizer
+from utils.results.merge_prompts import choose_prompts
 from utils.runs.metrics import read_metrics
 
 merge_lora_weights = importlib.import_module("inference.hf-text-generation-inference.merge_lora_weights")
@@ -94,6 +95,29 @@ def test_a_run_does_not_go_on_in_other_words(talks, tmp_path):
     with pytest.raises(UserError, match=r"belongs to a run with other settings(?s:.*)prompt_template: .*alpaca"):
         llama_finetuning.main(**settings, max_steps=2, prompt_template="alpaca")
     llama_finetuning.main(**settings, max_steps=2, prompt_template="model")
+
+
+def test_a_merge_asks_what_was_held_out_only_while_the_data_are_what_they_were(talks, tmp_path):
+    base, output, data = chat_model(tmp_path / "base", "chatml"), tmp_path / "adapter", tmp_path / "talks.jsonl"
+    lines = talks.read_text().splitlines()
+    data.write_text("\n".join(lines))
+    settings = {"dataset": "chat_dataset", "chat_dataset.data_path": data, "use_peft": True, "val_set_size": 3}
+    llama_finetuning.main(model_name=base, output_dir=output, max_steps=1, **settings)
+    tokenizer = Tokenizer(base)
+    encoder = ChatEncoder(choose_template("model", base, tokenizer), tokenizer)
+
+    def asked(*changed: str) -> tuple[str, int, str]:
+        data.write_text("\n".join(changed))
+        said: list[str] = []
+        prompts = choose_prompts(output, encoder, 16, said.append)
+        return prompts.origin, len(prompts.examples), " ".join(said)
+
+    assert asked(*lines) == ("held out", 3, "")
+    # Other lines, or other words in all of them: whatever would be held out now may have been learnt.
+    for changed in (lines[6:], lines[::-1], [line.replace("今", "明") for line in lines]):
+        origin, count, said = asked(*changed)
+        assert (origin, count) == ("built in", 12)
+        assert f"{data} is not what it was in training" in said
 
 
 @pytest.mark.parametrize("form", TEMPLATES)

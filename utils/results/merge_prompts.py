@@ -14,7 +14,7 @@ from ft_datasets.conversation import Conversation, Message, messages_of
 from ft_datasets.encoding import encode_conversations, fitting
 from ft_datasets.examples import Example
 from ft_datasets.kinds import load_conversations
-from ft_datasets.loading import split
+from ft_datasets.loading import fingerprint, split
 from ft_datasets.records import DataFiles
 from utils.download.dataset import FOLDER, fetch_data
 from utils.download.dataset_layout import HubData
@@ -68,6 +68,8 @@ def choose_prompts(adapter: Path, encoder: ChatEncoder, count: int, say: Callabl
         conversations = _of_run(config)
         encoded = encode_conversations(conversations, encoder, config.num_workers_dataloader)
         training, held_out = split(config, fitting(encoded, config.max_seq_length, lambda _line: None))
+        if held_out and described.get("held_out_fingerprint", own := fingerprint(held_out)) != own:
+            raise UserError(_("{data} is not what it was in training", data=config.data.data_path))
     except UserError as error:
         say(_("The run's own data can't be had ({why}): built-in questions are asked.", why=str(error).split("\n")[0]))
         own = [Conversation(number, _learnt(*turn)) for number, turn in enumerate(QUESTIONS, 1)]
