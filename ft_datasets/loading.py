@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,7 +72,7 @@ def load_data(
     """
     if isinstance(config.data, CustomDataset):
         return _load_custom(config, config.data, encoder, report)
-    files = files or DataFiles.joined([DataFiles((Path(path),)) for path in config.data.paths])
+    files = files or DataFiles.here(config.data.paths)
     conversations = load_conversations(config.data, files)
     examples = _shared(config, _encode(config, conversations, encoder, report))
     training, held_out = split(config, examples)

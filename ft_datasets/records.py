@@ -4,7 +4,7 @@ import gzip
 import json
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,11 @@ class DataFiles:
     paths: tuple[Path, ...]
     origin: dict[str, Any] = field(default_factory=dict)
     sources: tuple["DataFiles", ...] = ()
+
+    @classmethod
+    def here(cls, paths: Iterable[str]) -> "DataFiles":
+        """Files that lie here, each a source of its own."""
+        return cls.joined([cls((Path(path),)) for path in paths])
 
     @classmethod
     def joined(cls, sources: Sequence["DataFiles"]) -> "DataFiles":

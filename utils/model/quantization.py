@@ -26,6 +26,11 @@ Dequantize = Callable[..., torch.Tensor]
 """(dtype, *tensors that the layer stores) -> the weight in that dtype, shape [out_features, in_features]."""
 
 
+def is_quantized(name: str, weight: torch.Tensor) -> bool:
+    """Whether a weight is one that is quantised: the decoder's linear layers; embedding and head stay as they are."""
+    return name.startswith("model.layers.") and name.endswith(".weight") and weight.dim() == 2
+
+
 class FrozenMatmul(torch.autograd.Function):
     """y = x W^T for a frozen W that is dequantised when needed, so that no copy of it is kept between the passes.
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from configs.quantization import Quantization
 from ft_datasets.examples import IGNORE_INDEX, Example
 from utils.model.folder import ModelFolder
-from utils.model.quantization import rounded_weight
+from utils.model.quantization import is_quantized, rounded_weight
 from utils.model.streaming import Comparison, ReadTensor, StreamedModel, Way
 from utils.model.weights import empty_base_model
 from utils.results.merging import PREFIX, rounded_sum
@@ -165,8 +165,7 @@ def _with_adapter(
 
     def read_rounded(name: str) -> torch.Tensor:
         tensor = read(name)
-        # As load_base_model quantises: the decoder's linear layers.
-        is_rounded = quantization and name.startswith("model.layers.") and ".lora_" not in name and tensor.dim() == 2
+        is_rounded = quantization and ".lora_" not in name and is_quantized(name, tensor)
         return rounded_weight(tensor.to(device), quantization) if is_rounded else tensor
 
     return StreamedModel(model, read_rounded, ways, device)

@@ -92,9 +92,7 @@ def _of_run(config: TrainingConfig) -> list[Conversation]:
     for path in settings.paths:  # nothing is fetched for this
         if path.startswith(FROM_HUB) and not (FOLDER / HubData.named(path).repository).is_dir():
             raise UserError(_("{data} is not in {folder}", data=path, folder=FOLDER))
-    files = fetch_data(settings, lambda _line: None) or DataFiles.joined(
-        [DataFiles((Path(path),)) for path in settings.paths]
-    )
+    files = fetch_data(settings, lambda _line: None) or DataFiles.here(settings.paths)
     return load_conversations(settings, files)
 
 

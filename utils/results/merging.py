@@ -23,7 +23,7 @@ from utils.model.adapters import LORA_SETTINGS, WITHOUT_EFFECT, adapter_file
 from utils.model.digests import whole_digest
 from utils.model.folder import ADAPTER_CONFIG, ModelFolder
 from utils.model.lora_forward import row_lengths
-from utils.model.quantization import rounded_weight
+from utils.model.quantization import is_quantized, rounded_weight
 from utils.model.rounding import round_stochastically
 from utils.model.tensor_files import open_tensors
 from utils.results.adapter_folder import check_whole_base
@@ -93,8 +93,8 @@ class LoraDelta:
         saved = self._take(f"{module}.base_layer.weight")  # PEFT saves an adapted head whole
         if saved is not None:
             weight = _in_place_of(weight, saved, name)
-        # As load_base_model quantises: the decoder's linear layers, whether or not they have an adapter.
-        is_rounded = quantization and name.startswith("model.layers.") and weight.dim() == 2
+        # As load_base_model quantises, whether or not the layer has an adapter.
+        is_rounded = quantization and is_quantized(name, weight)
         base = rounded_weight(weight, quantization) if is_rounded else weight
         if a is None or b is None:
             return base.to(weight.dtype)

@@ -9,17 +9,12 @@ import torch
 from configs.quantization import Quantization
 from utils.files import read_json, write_json
 from utils.model.folder import ModelFolder
-from utils.model.quantization import NF4_BLOCK
+from utils.model.quantization import NF4_BLOCK, is_quantized
 
 SCALE, FORMAT = ".SCB", ".weight_format"
 """Ends of the names of an int8 weight's largest value a row, and of its layout."""
 STATE = ".weight.quant_state.bitsandbytes__nf4"
 """End of the name of what an NF4 weight's other tensors are about."""
-
-
-def is_quantized(name: str, weight: torch.Tensor) -> bool:
-    """Whether a weight is one that is quantised: the decoder's linear layers; embedding and head stay as they are."""
-    return name.startswith("model.layers.") and name.endswith(".weight") and weight.dim() == 2
 
 
 def quantized_tensors(
